@@ -1,0 +1,105 @@
+"""The command `hf-ewc`: finds the subcommand, runs it, and turns what goes wrong into one message and an exit code.
+
+Exit codes: 0 done · 1 the machine failed (full disk) · 2 a setting, a file or the Fisher is wrong · 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import importlib
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable
+
+from .. import __version__
+from ..errors import EWCError
+
+COMMANDS = {
+    "demo": "see it work in about two minutes, on this machine, without network",
+    "fisher": "measure which weights carry what the model must keep",
+    "train": "teach the model something new while those weights hold",
+    "evaluate": "what was learned, what was forgotten",
+    "sweep": "train and evaluate for several λ, with a table, a picture and a report",
+    "env": "versions, devices and settings, for bug reports",
+}
+
+# How an interrupted run goes on. The others start again quickly.
+CONTINUE = {"fisher": " --resume", "train": " --resume", "sweep": "", "demo": " --resume"}
+
+HELP = f"""\
+hf-ewc {__version__}: continue to pretrain all weights of a language model without losing what it knew.
+
+Usage: hf-ewc COMMAND [--config FILE.yaml] [--key value …]
+
+{{commands}}
+
+Try it:           hf-ewc demo
+Your own model:   hf-ewc fisher --help, then train, then evaluate
+All settings go into one YAML file, as flags, or both; a flag overrides the file.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP.format(commands="\n".join(f"  {name:<10}{summary}" for name, summary in COMMANDS.items())), end="")
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"hf-ewc {__version__}")
+        return 0
+    name = argv[0]
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"Did you mean `hf-ewc {close[0]}`?" if close else f"The commands are {', '.join(COMMANDS)}."
+        print(f"hf-ewc: there is no command `{name}`. {hint}", file=sys.stderr)
+        return 2
+    return guarded(name, importlib.import_module(f".{name}", __package__).run, argv[1:])
+
+
+def guarded(name: str, run: Callable[[list[str]], int], argv: list[str]) -> int:
+    """Call `run(argv)`; mistakes in the input, a full disk and Ctrl-C end in a message instead of a traceback."""
+    # torch, transformers and TRL announce what will change in their next versions; the pinned versions are the ones that run
+    warnings.simplefilter("ignore", FutureWarning)
+    try:
+        return run(argv)
+    except EWCError as error:
+        print(f"hf-ewc {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        if name in CONTINUE:
+            flag = "" if "--resume" in argv else CONTINUE[name]
+            print(f"Continue with: hf-ewc {name} {shlex.join(argv)}{flag}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `hf-ewc … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        print(
+            f"hf-ewc {name}: the disk is full ({error}). What was complete before stays as it was. Free some space, then run the "
+            "same command again" + (f" with `{CONTINUE[name].strip()}`." if CONTINUE.get(name) else "."),
+            file=sys.stderr,
+        )
+        return 1
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, says that a disk or a quota is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        # safetensors and torch.save report it in words only: SafetensorError("… No space left on device (os error 28)"),
+        # RuntimeError("[enforce fail at inline_container.cc:664] … unexpected pos …")
+        if "No space left on device" in str(error) or "inline_container.cc" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

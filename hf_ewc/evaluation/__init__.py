@@ -1,0 +1,31 @@
+"""What a model kept and what it learned: bits per byte of texts, accuracy on questions, and the pages made of them."""
+
+from __future__ import annotations
+
+from .figures import retention_figure
+from .perplexity import BitsPerByte, TextScores, TokenPerplexity, score_texts
+from .questions import QuestionScores, question_answers, question_dataset, question_prompt, score_questions
+from .report import html_report, metrics_text, table_markdown, table_text, write_report
+from .results import load_results, save_results
+from .run import evaluate_model
+
+__all__ = [
+    "BitsPerByte",
+    "QuestionScores",
+    "TextScores",
+    "TokenPerplexity",
+    "evaluate_model",
+    "html_report",
+    "load_results",
+    "metrics_text",
+    "question_answers",
+    "question_dataset",
+    "question_prompt",
+    "retention_figure",
+    "save_results",
+    "score_questions",
+    "score_texts",
+    "table_markdown",
+    "table_text",
+    "write_report",
+]

@@ -1,0 +1,191 @@
+"""The picture of a sweep: what was kept against what was learned, and the questions that are still answered."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import PercentFormatter
+from numpy.typing import NDArray
+
+from .labels import place_labels
+from .results import Row, domain_titles, fronts, rows, write_atomically
+
+# Okabe and Ito's colours: told apart by all common kinds of colour vision; the markers tell them apart in print.
+STYLES = {"proximal": ("#0072B2", "o"), "loss": ("#D55E00", "s"), "decoupled": ("#009E73", "^")}
+SPARE_STYLES = [("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X")]
+BASE_COLOUR = "#555555"
+PLAIN: dict[str, Any] = {
+    "ls": "",
+    "marker": "o",
+    "color": "black",
+    "mfc": "white",
+    "mew": 1.8,
+    "ms": 10,
+}  # λ = 0, in any mode
+DASHES = (0, (4, 4))
+FONT_SIZE = 11
+DPI = 150  # 1800 pixels wide, so that the text is sharp where the picture is shown at 1200
+
+
+def retention_figure(results: dict, path: str | Path) -> Path:
+    """
+    Draw `results` (see `evaluation/results.py`) into a PNG.
+
+    The left panel has one line per mode over λ: to the left is *learned more* (bits per byte of the new texts), down is
+    *kept more* (bits per byte of the old ones). A mode whose line lies further to the lower left is better. The right
+    panels, one per question set, show accuracy ± one standard error over λ, with the base and the level of guessing.
+
+    Args:
+        results (`dict`): Results of a sweep; runs that are not finite are named under the picture instead of drawn.
+        path (`str` or `Path`): Where the PNG goes, written whole or not at all.
+
+    Returns:
+        `Path`: `path`.
+    """
+    buffer = io.BytesIO()
+    draw(results).savefig(buffer, format="png")
+    return write_atomically(path, buffer.getvalue())
+
+
+def draw(results: dict) -> Figure:
+    """The figure behind [`retention_figure`]. Made without pyplot: no window, no global state."""
+    table = rows(results)
+    old, new = domain_titles(results)
+    lines = fronts(table)
+    spare = iter(SPARE_STYLES * 9)
+    styles = {mode: STYLES.get(mode) or next(spare) for mode in lines}
+    question_sets = list(table[0].questions)
+
+    figure = Figure(figsize=(12, 6), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(max(1, len(question_sets)), 5)
+    retention = figure.add_subplot(grid[:, :3] if question_sets else grid[:, :])
+    _draw_retention(retention, table[0], lines, styles, old, new)
+    for i, name in enumerate(question_sets):
+        _draw_questions(figure.add_subplot(grid[i, 3:]), name, table[0], lines, styles)
+
+    figure.legend(
+        handles=_legend(styles, table, question_sets),
+        loc="outside lower center",
+        ncols=6,
+        frameon=False,
+        fontsize=FONT_SIZE,
+    )
+    diverged = [f"{row.mode} λ = {row.ewc_lambda:g}" for row in table[1:] if row.old is None or row.new is None]
+    if diverged:
+        figure.suptitle(f"not drawn, loss not finite: {', '.join(diverged)}", fontsize=FONT_SIZE, color=BASE_COLOUR)
+    figure.canvas.draw()  # settles the layout; labels are placed in pixels
+    figure.set_layout_engine("none")
+    _label_points(retention, table[0], lines, styles)
+    return figure
+
+
+def _draw_retention(axes: Axes, base: Row, lines: dict[str, list[Row]], styles: dict, old: str, new: str) -> None:
+    for mode, line in lines.items():
+        colour, marker = styles[mode]
+        axes.plot(*_xy(line), marker=marker, color=colour, ms=8, lw=1.8, zorder=2)
+        axes.plot(*_xy([row for row in line if row.ewc_lambda == 0]), **PLAIN, zorder=3)
+    if _points([base]):
+        axes.axhline(_xy([base])[1, 0], color=BASE_COLOUR, lw=0.8, ls=DASHES, zorder=1)
+        axes.plot(*_xy([base]), "*", ms=15, color=BASE_COLOUR, zorder=3)
+    axes.margins(0.12)
+    _dress(axes, f"What is kept of {old}, what is learned of {new}")
+    axes.set_xlabel(f"{new}: bits per byte   (← learned more)", fontsize=FONT_SIZE)
+    axes.set_ylabel(f"{old}: bits per byte   (forgot more →)", fontsize=FONT_SIZE)
+
+
+def _draw_questions(axes: Axes, name: str, base: Row, lines: dict[str, list[Row]], styles: dict) -> None:
+    strengths = sorted({row.ewc_lambda for line in lines.values() for row in line if row.ewc_lambda is not None})
+    one_plain = len({id(line[0]) for line in lines.values()}) == 1  # all modes start from the same λ = 0
+    before = base.questions[name]
+    if before.value is not None:
+        axes.axhline(before.value, color=BASE_COLOUR, lw=0.8, ls=DASHES, zorder=1)
+        axes.errorbar([0], [before.value], [before.stderr or 0], fmt="*", color=BASE_COLOUR, ms=13, elinewidth=1.5, capsize=3)
+    for i, (mode, line) in enumerate(lines.items()):
+        colour, marker = styles[mode]
+        shift = 0.16 * (i - (len(lines) - 1) / 2)  # side by side, so that error bars do not hide each other
+        drawn = []
+        for row in line:
+            score = row.questions.get(name)
+            if score and score.value is not None and row.ewc_lambda is not None:
+                place = 1 + strengths.index(row.ewc_lambda) + (0 if one_plain and row.ewc_lambda == 0 else shift)
+                drawn.append((place, score.value, score.stderr or 0))
+        x, y, error = np.array(drawn).reshape(-1, 3).T
+        axes.errorbar(x, y, error, fmt="-", marker=marker, color=colour, ms=7, lw=1.2, elinewidth=1.5, capsize=3, zorder=2)
+        if line[0].ewc_lambda == 0:
+            axes.plot(x[:1], y[:1], **PLAIN, zorder=3)
+    if before.chance is not None:
+        axes.axhline(before.chance, color=BASE_COLOUR, lw=1.2, ls=":", zorder=1)
+    axes.set_xticks(range(len(strengths) + 1), ["base", *(f"{value:g}" for value in strengths)])
+    axes.set_xlim(-0.6, len(strengths) + 0.6)
+    axes.margins(y=0.12)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    _dress(axes, f"Questions answered right: {name}")
+    axes.set_xlabel("λ   (kept more →)", fontsize=FONT_SIZE)
+
+
+def _dress(axes: Axes, title: str) -> None:
+    axes.set_title(title, fontsize=FONT_SIZE + 2, loc="left", pad=10)
+    axes.tick_params(labelsize=FONT_SIZE)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e6e6e6", lw=0.8)
+    axes.set_axisbelow(True)
+
+
+def _legend(styles: dict, table: list[Row], question_sets: list[str]) -> list[Line2D]:
+    handles = [Line2D([], [], color=colour, marker=marker, ms=8, label=mode) for mode, (colour, marker) in styles.items()]
+    if any(row.ewc_lambda == 0 for row in table):
+        handles.append(Line2D([], [], **PLAIN, label="λ = 0: plain fine-tuning"))
+    handles.append(Line2D([], [], color=BASE_COLOUR, ls=DASHES, lw=0.8, marker="*", ms=12, label="base, before training"))
+    if any(table[0].questions[name].chance is not None for name in question_sets):
+        handles.append(Line2D([], [], color=BASE_COLOUR, ls=":", label="guessing"))
+    return handles
+
+
+def _points(line: list[Row]) -> list[Row]:
+    return [row for row in line if row.old is not None and row.new is not None]
+
+
+def _xy(line: list[Row]) -> NDArray[np.float64]:
+    """(2, N) coordinates in the retention panel of the rows that are finite."""
+    return np.array([(row.new, row.old) for row in _points(line)], dtype=np.float64).reshape(-1, 2).T
+
+
+def _label_points(axes: Axes, base: Row, lines: dict[str, list[Row]], styles: dict) -> None:
+    """Write λ beside each point (and "base"), clear of the lines, the points and each other."""
+    wanted: dict[tuple[float, float, str], str] = {}  # (x, y, text) → colour; a λ = 0 that all modes share is written once
+    for mode, line in lines.items():
+        for row, (x, y) in zip(_points(line), _xy(line).T, strict=True):
+            text, colour = (f"{row.ewc_lambda:g}", styles[mode][0]) if row.ewc_lambda else ("λ = 0", "black")
+            wanted.setdefault((x, y, text), colour)
+    wanted |= {(x, y, "base"): BASE_COLOUR for x, y in _xy([base]).T}
+    if not wanted:
+        return
+
+    renderer = axes.figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    texts = [
+        axes.text(x, y, text, color=colour, fontsize=FONT_SIZE, ha="center", va="center", zorder=4)
+        for (x, y, text), colour in wanted.items()
+    ]
+    anchors = axes.transData.transform([text.get_position() for text in texts])
+    sizes = np.array([(box.width, box.height) for box in (text.get_window_extent(renderer) for text in texts)])
+    obstacles = [axes.transData.transform(_xy(line).T) for line in lines.values() if _points(line)]
+    for _, y in axes.transData.transform(_xy([base]).T):  # the dashed line through the base
+        obstacles.append(np.array([(axes.bbox.x0, y), (axes.bbox.x1, y)]))
+    scale = axes.figure.dpi / 72
+    centres = place_labels(anchors, sizes, obstacles, axes.bbox.extents, gap=8 * scale)
+    for label, anchor, size, centre in zip(texts, anchors, sizes, centres, strict=True):
+        x, y = axes.transData.inverted().transform(centre)
+        label.set_position((x, y))
+        nearest = np.clip(anchor, centre - size / 2, centre + size / 2)
+        if np.linalg.norm(nearest - anchor) > 14 * scale:  # too far to be read as belonging together: a thin line joins them
+            ends = axes.transData.inverted().transform([anchor, nearest])
+            axes.plot(ends[:, 0], ends[:, 1], color=label.get_color(), lw=0.6, zorder=1.5, scalex=False, scaley=False)

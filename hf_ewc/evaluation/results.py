@@ -1,0 +1,183 @@
+"""`results.json`: what a sweep measured, and how it is read.
+
+Figures, tables and pages are views of this one file, so each of them can be made again without a GPU:
+
+```python
+{"schema": 1,
+ "base": {...},                                   # which model
+ "before": metrics,                               # `evaluate_model` of the base
+ "runs": [{"mode": "proximal", "ewc_lambda": 1.0, "metrics": metrics, "log": {...}, "seconds": 61.0}, ...],
+ "settings": {"old": "english", "new": "lithuanian", ...},   # names of the texts that are to be kept and learned
+ "versions": {...}}
+```
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of right answers, its standard error, and what guessing would get; `None` where it is unknown."""
+
+    value: float | None
+    stderr: float | None
+    chance: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    One model of the sweep in the figures that are reported.
+
+    Parameters:
+        mode (`str`): Where the penalty acts; `"base"` for the model before training.
+        ewc_lambda (`float`, *optional*): Strength λ, `None` for the base.
+        old, new (`float`, *optional*): Bits per byte of the old (kept) and the new (learned) texts; `None` if not finite.
+        forgetting (`float`, *optional*): `old` minus the base's `old`.
+        learning (`float`, *optional*): The base's `new` minus `new`.
+        questions (`dict[str, Accuracy]`): Question set → accuracy.
+    """
+
+    mode: str
+    ewc_lambda: float | None
+    old: float | None
+    new: float | None
+    forgetting: float | None
+    learning: float | None
+    questions: dict[str, Accuracy]
+
+
+def domains(results: dict) -> tuple[str, str]:
+    """Names of the old and the new texts."""
+    settings = results["settings"]
+    return settings["old"], settings["new"]
+
+
+def domain_titles(results: dict) -> tuple[str, str]:
+    """Names of the old and the new texts as they are shown."""
+    old, new = domains(results)
+    return old[:1].upper() + old[1:], new[:1].upper() + new[1:]
+
+
+def rows(results: dict) -> list[Row]:
+    """The base, then the runs: modes in the order of their first run, λ ascending within a mode."""
+    check_results(results)
+    base = _row("base", None, results["before"], domains(results))
+    modes = list(dict.fromkeys(run["mode"] for run in results["runs"]))
+    runs = sorted(results["runs"], key=lambda run: (modes.index(run["mode"]), run["ewc_lambda"]))
+    return [base, *(_row(run["mode"], run["ewc_lambda"], run["metrics"], domains(results), base) for run in runs)]
+
+
+def fronts(table: list[Row]) -> dict[str, list[Row]]:
+    """
+    Mode → its rows from λ = 0 upwards, for the lines of a figure.
+
+    λ = 0 is plain fine-tuning in every mode, so one such run opens the line of all modes that have none of their own.
+    """
+    runs = table[1:]
+    plain = [row for row in runs if row.ewc_lambda == 0]
+    lines: dict[str, list[Row]] = {}
+    for mode in dict.fromkeys(row.mode for row in runs if row.ewc_lambda):
+        own = [row for row in runs if row.mode == mode]
+        lines[mode] = own if own[0].ewc_lambda == 0 else plain[:1] + own
+    if not lines and plain:
+        lines[plain[0].mode] = plain[:1]
+    return lines
+
+
+def check_results(results: Any, source: str = "these results") -> None:
+    """Raise a [`DataError`] if `results` is not a sweep of this schema with both domains measured on every model."""
+    if not isinstance(results, dict) or results.get("schema") != SCHEMA:
+        found = results.get("schema") if isinstance(results, dict) else type(results).__name__
+        raise DataError(
+            f"{source}: schema {found!r}, but this version of hf_ewc reads schema {SCHEMA}. Name the `results.json` of a "
+            "sweep, or install the version that wrote it."
+        )
+    missing = [key for key in ("before", "runs", "settings") if key not in results]
+    missing += [f"settings.{key}" for key in ("old", "new") if key not in results.get("settings", {})]
+    if missing:
+        raise DataError(f"{source}: {', '.join(missing)} missing; the file is incomplete. Run the sweep again.")
+    models = {"before": results["before"]}
+    models |= {f"runs[{i}]": run["metrics"] for i, run in enumerate(results["runs"])}
+    for name in domains(results):
+        for model, metrics in models.items():
+            if name not in metrics["texts"]:
+                raise DataError(
+                    f"{source}: `{model}` was not measured on {name!r}, only on {', '.join(metrics['texts']) or 'nothing'}. "
+                    "`settings.old` and `settings.new` must name texts of the evaluation."
+                )
+
+
+def save_results(results: dict, path: str | Path) -> Path:
+    """
+    Write `results.json`. The file is there in full or not at all, also after a crash.
+
+    Numbers that are not finite (a diverged run) become `null`: JSON has no NaN.
+    """
+    check_results(results)
+    text = json.dumps(_finite_only(results), ensure_ascii=False, indent=1, allow_nan=False)
+    return write_atomically(path, (text + "\n").encode())
+
+
+def load_results(path: str | Path) -> dict:
+    """Read and check a `results.json`; [`DataError`] if it is missing, damaged or of another schema."""
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read results from {path}: {error}. Name the `results.json` that a sweep wrote.") from error
+    check_results(results, str(path))
+    return results
+
+
+def write_atomically(path: str | Path, content: bytes) -> Path:
+    """Write beside `path`, flush to disk, rename: a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _row(mode: str, ewc_lambda: float | None, metrics: dict, names: tuple[str, str], base: Row | None = None) -> Row:
+    old, new = (_finite(metrics["texts"][name]["bits_per_byte"]) for name in names)
+    questions = {
+        name: Accuracy(_finite(score["accuracy"]), _finite(score.get("stderr")), _finite(score.get("chance")))
+        for name, score in metrics.get("questions", {}).items()
+    }
+    forgetting = _difference(old, base.old) if base else None
+    learning = _difference(base.new, new) if base else None
+    return Row(mode, ewc_lambda, old, new, forgetting, learning, questions)
+
+
+def _difference(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _finite_only(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite_only(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite_only(item) for item in value]
+    return _finite(value) if isinstance(value, float) else value

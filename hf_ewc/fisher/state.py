@@ -1,0 +1,106 @@
+"""The running sums of an estimate on disk, so that a killed run continues bitwise where it stood."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..files import write_text_atomically
+
+STATE = "estimate.json"
+
+
+class RunningState:
+    """
+    Sums of squares after the first `position` examples, and which of those were dropped.
+
+    A save is atomic, `kill -9` and a full disk included: the sums go to a file of a new name, and only then is the small
+    `estimate.json`, which names the valid file, replaced in one rename. The file before is deleted last.
+
+    Args:
+        folder (`Path`, *optional*):
+            Where to write; room for two copies of the model in float32 is needed. `None` keeps nothing on disk, so that a
+            rollback starts over at zero.
+        identity (`dict[str, Any]`):
+            What the sums are of (weights, token ids, settings). A state with another identity is refused.
+        resume (`bool`, *optional*, defaults to `False`):
+            Continue from `folder`. Without a state in it, the estimate begins; with one and no `resume`, that state is not
+            overwritten.
+
+    Raises:
+        [`ConfigError`]: when the folder's state belongs to another estimate (both values are shown), is unreadable, or is in
+        the way.
+    """
+
+    def __init__(self, folder: str | Path | None, identity: Mapping[str, Any], resume: bool = False) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.identity = dict(identity)
+        self.position = 0
+        self.dropped: list[int] = []
+        self._file: str | None = None
+        if self.folder is not None and (self.folder / STATE).exists():
+            self._open(self.folder, resume)
+
+    def _open(self, folder: Path, resume: bool) -> None:
+        try:
+            found = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            position, dropped, file, identity = (found[key] for key in ("position", "dropped", "file", "identity"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"`work_dir` '{folder}' holds a damaged {STATE} ({error}). Delete the folder and begin again."
+            ) from error
+        if not resume:
+            raise ConfigError(
+                f"`work_dir` '{folder}' holds an estimate that stands at example {position}. Set `resume: true` to continue "
+                "it, or name another folder to begin a new one. Nothing was overwritten."
+            )
+        changed = [key for key in self.identity if identity.get(key) != self.identity[key]]
+        if changed:
+            lines = (f"    {key:<12} then {identity.get(key)}   now {self.identity[key]}" for key in changed)
+            raise ConfigError(
+                f"the estimate in `work_dir` '{folder}' cannot be continued with other settings; the sums would mix both:\n"
+                + "\n".join(lines)
+                + "\nRestore them, or begin a new estimate in another `work_dir`."
+            )
+        self.position, self.dropped, self._file = position, dropped, file
+
+    def load(self, sums: Mapping[str, Tensor]) -> None:
+        """Set `sums`, in place, to what was last saved: zeros when that is nothing."""
+        if self.folder is None or self._file is None:
+            for total in sums.values():
+                total.zero_()
+            return
+        try:
+            with safe_open(self.folder / self._file, "pt") as file:
+                for name, total in sums.items():
+                    total.copy_(file.get_tensor(name))
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"the running sums {self._file} in `work_dir` '{self.folder}' cannot be read ({error}). "
+                "Delete the folder and begin again."
+            ) from error
+
+    def save(self, sums: Mapping[str, Tensor], position: int, dropped: list[int]) -> None:
+        """Record `sums` as those of the first `position` examples without the `dropped` ones."""
+        self.position, self.dropped = position, list(dropped)
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._file = f"sums-{position}.safetensors"
+        path = self.folder / self._file
+        save_file({name: total.contiguous() for name, total in sums.items()}, path)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        found = {"position": position, "dropped": dropped, "file": self._file, "identity": self.identity}
+        write_text_atomically(self.folder / STATE, json.dumps(found, indent=2))
+        for old in self.folder.glob("sums-*.safetensors"):  # the one before, and what a killed run left behind
+            if old != path:
+                old.unlink()

@@ -1,0 +1,160 @@
+"""[`EWCTrainer`]: TRL's `SFTTrainer` that keeps what the base model knew."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import SFTTrainer
+
+from .callback import EWCCallback, check_model, write_state
+from .config import EWCConfig
+from .errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+
+class EWCTrainer(SFTTrainer):
+    """
+    [`~trl.SFTTrainer`] with Elastic Weight Consolidation. The whole difference from the parent: the Fisher and the anchor are loaded and
+    checked before the model is, an [`EWCCallback`] acts on the weights, `training_step` tells it when the gradient is complete, and
+    `ewc_state.json` is saved beside the weights. The loss is untouched; with `ewc_lambda=0` training is bitwise `SFTTrainer`.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]): base model id, folder, or model that was loaded from one.
+        args ([`EWCConfig`]): all settings; `ewc_lambda`, `fisher` and `ewc_mode` are the ones that matter.
+        train_dataset, eval_dataset, processing_class, ...: as in `SFTTrainer`, except `peft_config`, which is refused.
+
+    Raises:
+        [`ConfigError`], [`DataError`], [`FisherFormatError`], [`FisherMismatchError`]: all before the first step.
+
+    Example:
+
+    ```python
+    trainer = EWCTrainer(
+        "google/gemma-2-2b",
+        EWCConfig("gemma-2-2b-lt", ewc_lambda=1.0, fisher="gemma-2-2b-fisher-mmlu"),
+        train_dataset=corpus,
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names = ("trl", "sft", "ewc", "continual-learning")
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: EWCConfig,
+        data_collator: Any = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, EWCConfig):
+            raise ConfigError(f"`args` must be an `EWCConfig` (it names λ and the Fisher), got `{type(args).__name__}`.")
+        args.check()
+        if kwargs.get("peft_config") is not None or kwargs.get("quantization_config") is not None:
+            raise ConfigError(
+                "`peft_config` and `quantization_config` freeze the base weights, which then cannot forget: EWC has nothing to protect. "
+                "Remove them to train all parameters, or use `SFTTrainer` for an adapter. Nothing was trained."
+            )
+        _check_rows(train_dataset, args, "train_dataset")
+        self.ewc = _make_callback(model, args)
+        if isinstance(model, str):
+            if self.ewc is not None and args.anchor is None and self.ewc.controller.base.revision is not None:
+                # the very commit that the anchor is read from, even if `main` moves meanwhile
+                args.model_init_kwargs = {**(args.model_init_kwargs or {}), "revision": self.ewc.controller.base.revision}
+        else:
+            check_model(model)
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and args.max_length is not None and args.max_length > context:
+            raise ConfigError(
+                f"`max_length: {args.max_length}` exceeds the context of the model, {context} tokens. Lower `max_length` (long texts are "
+                "split, not lost, with `packing: true` and `packing_strategy: bfd_split`). Nothing was trained."
+            )
+        _warn_of_lost_text(self.train_dataset, args)
+        if self.ewc is not None:
+            self.ewc.controller.fisher.check_base(self.ewc.controller.base, self._tokenizer)
+            self.ewc.driven_by_trainer = True
+            self.ewc.attach(self)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.ewc is not None and self.accelerator.sync_gradients:
+            self.ewc.gradients_ready()
+        return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            state = self.ewc.controller.state() if self.ewc is not None else {"ewc_lambda": 0.0, "fisher": None, "anchor": None}
+            write_state(Path(output_dir or self.args.output_dir), self.state.global_step, state)
+
+
+def _make_callback(model: str | PreTrainedModel, args: EWCConfig) -> EWCCallback | None:
+    """Load and check Fisher and anchor, before any weights are loaded for training; `None` for λ = 0."""
+    if args.ewc_lambda == 0:
+        return None
+    model_id = model if isinstance(model, str) else model.config._name_or_path
+    if args.anchor is None and not model_id:
+        raise ConfigError(
+            "The model was built in memory and names no files to read the anchor θ* from. Save it (`model.save_pretrained(folder)`) and "
+            "pass the folder as `model`, or name the base model as `anchor`."
+        )
+    return EWCCallback(
+        args.fisher,
+        args.ewc_lambda,
+        args.ewc_mode,
+        anchor=args.anchor or model_id,
+        anchor_revision=args.anchor_revision or ((args.model_init_kwargs or {}).get("revision") if args.anchor is None else None),
+        fisher_revision=args.fisher_revision,
+        missing=args.ewc_missing,
+    )
+
+
+def _check_rows(dataset: Any, args: EWCConfig, name: str) -> None:
+    """TRL's own complaint about a missing text column is a KeyError deep inside tokenisation."""
+    if dataset is None:
+        raise DataError(f"`{name}` is missing: EWCTrainer needs a `datasets.Dataset` or `IterableDataset` to train on.")
+    row = next(iter(dataset), None)
+    if row is None:
+        raise DataError(f"`{name}` is empty: there is nothing to train on.")
+    known = (args.dataset_text_field, "messages", "prompt", "input_ids", "conversations")
+    if not any(column in row for column in known):
+        raise DataError(
+            f"`{name}` has no column `{args.dataset_text_field}`; its columns are {', '.join(row)}. Name the one that holds the text in "
+            "`dataset_text_field`. Nothing was trained."
+        )
+
+
+def _warn_of_lost_text(dataset: Any, args: EWCConfig) -> None:
+    """TRL truncates what exceeds `max_length`: right for chats, a silent loss of data in continued pretraining."""
+    if args.packing and args.packing_strategy == "bfd":
+        logger.warning("`packing_strategy: bfd` drops the part of each text beyond `max_length`; `bfd_split` keeps it.")
+    elif not args.packing and isinstance(dataset, Dataset) and args.max_length and "input_ids" in dataset.column_names:
+        full = sum(len(ids) >= args.max_length for ids in dataset["input_ids"])
+        if full:
+            logger.warning(
+                "%d of %d training texts reach `max_length: %d` and were cut there. To train on all of the text, set `packing: true` and "
+                "`packing_strategy: bfd_split`.",
+                full,
+                len(dataset),
+                args.max_length,
+            )
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    """
+    The newest checkpoint that was written to its end, or `None`. `trainer_state.json` is written last, so a folder without it was
+    being written when the job was killed; `transformers.trainer_utils.get_last_checkpoint` would choose it and fail.
+    """
+    folders = [p for p in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (p / TRAINER_STATE_NAME).is_file()]
+    return max(folders, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)

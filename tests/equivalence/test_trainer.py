@@ -1,0 +1,255 @@
+"""`EWCTrainer` is `SFTTrainer` plus the penalty and nothing else; what it saves is an ordinary checkpoint."""
+
+import json
+
+import pytest
+import tiny
+import torch
+import training
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from hf_ewc import ConfigError, DataError, EWCConfig, EWCTrainer, FisherMismatchError
+
+METRICS = {"ewc/penalty", "ewc/kl_nats", "ewc/anchor_distance", "ewc/grad_ratio", "ewc/max_step"}
+
+
+@pytest.fixture(scope="module")
+def fisher(base_folder, tmp_path_factory):
+    return str(training.make_fisher(base_folder).save_pretrained(tmp_path_factory.mktemp("fisher") / "f"))
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "paged_adamw_8bit"])
+def test_lambda_zero_is_bitwise_sft(base_folder, tmp_path, optim):
+    plain = SFTTrainer(
+        str(base_folder),
+        SFTConfig(**training.settings(tmp_path / "a", optim=optim, weight_decay=0.0)),
+        train_dataset=training.make_rows(),
+    )
+    plain.train()
+    ours = training.ewc_trainer(base_folder, tmp_path / "b", ewc_lambda=0.0, optim=optim)
+    ours.train()
+    assert training.largest_difference(training.weights(plain.model), training.weights(ours.model)) == 0.0
+
+
+@pytest.mark.parametrize("mode", ["loss", "proximal", "decoupled"])
+def test_eval_loss_excludes_the_penalty(base_folder, fisher, tmp_path, mode):
+    """At equal weights, away from the anchor, λ changes nothing in evaluation, generation, or a forward without labels."""
+    moved = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    with torch.no_grad():
+        for param in moved.parameters():
+            param.add_(0.05 * torch.randn(param.shape, generator=torch.Generator().manual_seed(4)))
+    losses = []
+    for ewc_lambda in (0.0, 1e3):
+        model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+        model.load_state_dict(moved.state_dict())
+        trainer = EWCTrainer(
+            model,
+            EWCConfig(
+                **training.settings(tmp_path / str(ewc_lambda), ewc_lambda=ewc_lambda, fisher=fisher, ewc_mode=mode, max_steps=1, learning_rate=0.0)
+            ),
+            train_dataset=training.make_rows(),
+            eval_dataset=training.make_rows(8),
+        )
+        trainer.train() if mode == "loss" else None  # lr = 0 leaves the weights; implicit modes take lr-sized steps, 0 too
+        losses.append(trainer.evaluate()["eval_loss"])
+        trainer.model.generate(torch.tensor([[2, 10, 11]]), max_new_tokens=2)
+        trainer.model(torch.tensor([[2, 10, 11]]))
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("mode", ["loss", "proximal", "decoupled"])
+def test_metrics_reach_every_reporter_on_logging_steps_only(base_folder, fisher, tmp_path, mode):
+    class Reporter(TrainerCallback):
+        seen = []
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.seen.append((state.global_step, {key for key in logs if key.startswith("ewc/")}))
+
+    reporter = Reporter()
+    reporter.seen = []
+    trainer = EWCTrainer(
+        str(base_folder),
+        EWCConfig(**training.settings(tmp_path, ewc_lambda=0.1, fisher=fisher, ewc_mode=mode, logging_steps=2)),
+        train_dataset=training.make_rows(),
+        callbacks=[reporter],
+    )
+    trainer.train()
+    assert [step for step, keys in reporter.seen if keys == METRICS] == [2, 4, 6]
+    logged = [entry for entry in trainer.state.log_history if "ewc/penalty" in entry]
+    assert all(entry["ewc/penalty"] > 0 for entry in logged)  # a penalty that silently does nothing would be 0
+    assert logged[0]["ewc/penalty"] == pytest.approx(0.1 * logged[0]["ewc/kl_nats"])
+
+
+def test_kl_nats_is_half_the_fisher_weighted_distance_per_scored_token(base_folder, fisher, tmp_path):
+    trainer = training.ewc_trainer(base_folder, tmp_path, fisher=fisher, ewc_lambda=0.1)
+    trainer.train()
+    anchor = training.weights(AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32))
+    sums = trainer.ewc.controller.fisher
+    by_hand = sum(
+        float((sums.read(name) / training.TOKENS * (param - anchor[name]) ** 2).double().sum()) / 2
+        for name, param in training.weights(trainer.model).items()
+    )
+    assert trainer.ewc.controller.measure()["ewc/kl_nats"] == pytest.approx(by_hand, rel=1e-4)
+
+
+def _gradient_norm_away_from_the_anchor(base, fisher, out, mode, ewc_lambda):
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(0.05 * torch.randn(param.shape, generator=torch.Generator().manual_seed(4)))
+    trainer = training.ewc_trainer(
+        base, out, model=model, anchor=str(base), fisher=fisher, ewc_lambda=ewc_lambda, ewc_mode=mode, max_grad_norm=0.1, max_steps=1
+    )
+    trainer.train()
+    return trainer.state.log_history[0]["grad_norm"]
+
+
+def test_clipping_never_sees_the_penalty_in_the_default_mode(base_folder, fisher, tmp_path):
+    norms = [_gradient_norm_away_from_the_anchor(base_folder, fisher, tmp_path / str(x), "proximal", x) for x in (1e-6, 1e3)]
+    assert norms[0] == norms[1]
+    norms = [_gradient_norm_away_from_the_anchor(base_folder, fisher, tmp_path / f"l{x}", "loss", x) for x in (1e-6, 1e3)]
+    assert norms[1] > 10 * norms[0]  # documented of `loss`: task and penalty are clipped as one
+
+
+def test_the_penalty_acts_once_per_optimizer_step(base_folder, fisher, tmp_path):
+    trainer = training.ewc_trainer(base_folder, tmp_path, fisher=fisher, gradient_accumulation_steps=3, max_grad_norm=0.0)
+    calls = []
+    act = trainer.ewc.controller.after_optimizer_step
+    trainer.ewc.controller.after_optimizer_step = lambda: (calls.append(trainer.state.global_step), act())
+    trainer.train()
+    assert calls == list(range(trainer.state.global_step))
+
+
+def test_training_twice_does_not_move_the_anchor(base_folder, fisher, tmp_path):
+    trainer = training.ewc_trainer(base_folder, tmp_path, fisher=fisher)
+    trainer.train()
+    first = [entry.anchor.clone() for entry in trainer.ewc.controller.protected]
+    trainer.train()
+    assert all(torch.equal(a, entry.anchor) for a, entry in zip(first, trainer.ewc.controller.protected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_penalty_is_exactly_zero_before_the_first_step(base_folder, fisher, tmp_path, dtype, caplog):
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype)
+    trainer = training.ewc_trainer(base_folder, tmp_path, model=model, fisher=fisher, ewc_lambda=1e6)
+    trainer.create_optimizer()
+    trainer.ewc.controller.bind(trainer.model, trainer.optimizer)
+    assert trainer.ewc.controller.measure()["ewc/penalty"] == 0.0
+    assert ("rounded away" in caplog.text) == (dtype != torch.float32)  # 16-bit weights lose small updates: said, once
+
+
+def test_saved_checkpoint_is_an_ordinary_model(base_folder, fisher, tmp_path):
+    trainer = training.ewc_trainer(base_folder, tmp_path, fisher=fisher, ewc_lambda=0.5, ewc_mode="decoupled", save_strategy="steps", save_steps=3)
+    trainer.train()
+    trainer.save_model()
+    for folder in (tmp_path, tmp_path / "checkpoint-3"):
+        with safe_open(folder / "model.safetensors", "pt") as ours, safe_open(base_folder / "model.safetensors", "pt") as base:
+            assert set(ours.keys()) == set(base.keys())
+        state = json.loads((folder / "ewc_state.json").read_text())
+        assert state["ewc_lambda"] == 0.5
+        assert state["ewc_mode"] == "decoupled"
+        assert state["fisher"]["sha256"] == trainer.ewc.controller.fisher.sha256
+        assert state["anchor"]["fingerprint"] == trainer.ewc.controller.base.fingerprint
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert training.largest_difference(training.weights(loaded), training.weights(trainer.model)) == 0.0
+
+
+def test_weight_decay_is_off_unless_asked_for(tmp_path):
+    assert EWCConfig(**{**training.settings(tmp_path), "ewc_lambda": 0.0}).weight_decay == 0.0
+
+
+# -- coverage ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_parameter_without_fisher_is_an_error_unless_asked_for(base_folder, tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    partial = str(training.make_fisher(base_folder, drop=name).save_pretrained(tmp_path / "f"))
+    trainer = training.ewc_trainer(base_folder, tmp_path / "a", fisher=partial)
+    before = training.weights(trainer.model)
+    with pytest.raises(FisherMismatchError, match="up_proj"):
+        trainer.train()
+    assert training.largest_difference(before, training.weights(trainer.model)) == 0.0
+    trainer = training.ewc_trainer(base_folder, tmp_path / "b", fisher=partial, ewc_missing="ignore", ewc_lambda=1e12)
+    trainer.train()
+    after = training.weights(trainer.model)
+    assert trainer.ewc.controller.unprotected == [name]
+    assert float((after[name] - before[name]).abs().max()) > 1e-3
+    assert max(float((after[n] - before[n]).abs().max()) for n in after if n != name) < 1e-4
+
+
+def test_a_frozen_layer_stays_out_of_the_penalty(base_folder, fisher, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    model.model.layers[0].requires_grad_(False)
+    trainer = training.ewc_trainer(base_folder, tmp_path, model=model, fisher=fisher)
+    trainer.train()
+    names = {entry.name for entry in trainer.ewc.controller.protected}
+    assert names == {name for name, param in model.named_parameters() if param.requires_grad}
+
+
+# -- bad input: refused before anything is trained -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (dict(ewc_lambda=-1.0), "negative"),
+        (dict(ewc_lambda=float("nan")), "finite"),
+        (dict(ewc_lambda=float("inf")), "finite"),
+        (dict(ewc_lambda=1.0, fisher=None), "hf-ewc fisher"),
+        (dict(optim="lomo"), "backward"),
+        (dict(optim="adalomo"), "backward"),
+        (dict(optim="galore_adamw_layerwise"), "backward"),
+        (dict(max_length=4096), "context"),
+    ],
+)
+def test_settings_under_which_the_penalty_would_be_wrong_are_refused(base_folder, fisher, tmp_path, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        training.ewc_trainer(base_folder, tmp_path, **{"fisher": fisher, **overrides})
+
+
+def test_fp16_is_refused(base_folder, fisher, tmp_path):
+    config = EWCConfig(**training.settings(tmp_path, fisher=fisher))
+    config.fp16 = True  # TrainingArguments itself refuses it on a machine without a GPU
+    with pytest.raises(ConfigError, match="bf16"):
+        EWCTrainer(str(base_folder), config, train_dataset=training.make_rows())
+
+
+def test_proximal_needs_adam(base_folder, fisher, tmp_path):
+    with pytest.raises(ConfigError, match="decoupled"):
+        training.ewc_trainer(base_folder, tmp_path, fisher=fisher, optim="sgd").train()
+
+
+def test_adapters_and_quantised_models_are_refused(base_folder, fisher, tmp_path):
+    arguments = dict(args=EWCConfig(**training.settings(tmp_path, fisher=fisher)), train_dataset=training.make_rows())
+    with pytest.raises(ConfigError, match="peft_config"):
+        EWCTrainer(str(base_folder), peft_config=object(), **arguments)
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    model.is_loaded_in_8bit = True
+    with pytest.raises(ConfigError, match="quantised"):
+        EWCTrainer(model, **arguments)
+
+
+def test_data_without_text_is_refused(base_folder, fisher, tmp_path):
+    with pytest.raises(DataError, match="body"):
+        training.ewc_trainer(base_folder, tmp_path, fisher=fisher, rows=training.make_rows().rename_column("text", "body"))
+    with pytest.raises(DataError, match="empty"):
+        training.ewc_trainer(base_folder, tmp_path, fisher=fisher, rows=training.make_rows().select([]))
+
+
+def test_a_fisher_of_other_weights_is_refused(base_folder, tokenizer, tmp_path):
+    other = tiny.save_base(tmp_path / "other", tokenizer, seed=9)
+    foreign = str(training.make_fisher(other).save_pretrained(tmp_path / "f"))
+    with pytest.raises(FisherMismatchError):
+        training.ewc_trainer(base_folder, tmp_path / "out", fisher=foreign)
+
+
+def test_a_model_that_was_never_saved_has_no_anchor(fisher, tokenizer, tmp_path):
+    with pytest.raises(ConfigError, match="save_pretrained"):
+        EWCTrainer(
+            tiny.make_model(),
+            EWCConfig(**training.settings(tmp_path, fisher=fisher)),
+            train_dataset=training.make_rows(),
+            processing_class=tokenizer,
+        )

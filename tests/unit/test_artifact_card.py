@@ -1,0 +1,123 @@
+"""What people see of a Fisher: the card, and the table that the viewer and `load_dataset` show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import load_dataset
+from huggingface_hub import DatasetCard
+from test_artifact_store import T, make_fisher
+
+from hf_ewc.artifact import BaseModel, FisherInformation
+from hf_ewc.artifact import summary as summary_module
+from hf_ewc.artifact.card import render_card
+from hf_ewc.artifact.summary import describe
+
+
+@pytest.fixture(scope="module")
+def folder(base_folder, tmp_path_factory) -> Path:
+    return make_fisher(BaseModel.resolve(base_folder)).save_pretrained(tmp_path_factory.mktemp("card") / "fisher")
+
+
+def test_load_dataset_shows_one_row_per_tensor_offline(folder, tmp_path):
+    rows = load_dataset(str(folder), cache_dir=str(tmp_path))["params"]
+    fisher = FisherInformation.from_pretrained(folder)
+    assert rows["name"] == fisher.names
+    for row in rows:
+        values = fisher.per_token(row["name"])
+        assert tuple(row["shape"]) == values.shape
+        assert row["trace"] == pytest.approx(values.sum(dtype=torch.float64).item(), rel=1e-6)
+        assert row["mean"] == pytest.approx(row["trace"] / values.numel())
+        assert row["max"] == pytest.approx(values.max().item())
+        assert row["zeros"] == (values == 0).sum()
+        for q in (50, 90, 99):
+            expected = values.flatten().quantile(q / 100, interpolation="nearest").item()
+            assert row[f"q{q}"] == pytest.approx(expected, rel=1e-5)
+        assert (folder / row["shard"]).is_file()
+    assert sum(rows["trace"]) == pytest.approx(fisher.trace, rel=1e-9)
+
+
+def test_rows_say_where_a_parameter_stands_in_the_model(folder, tmp_path):
+    rows = {row["name"]: row for row in load_dataset(str(folder), cache_dir=str(tmp_path))["params"]}
+    place = {name: (row["module"], row["layer"], row["group"]) for name, row in rows.items()}
+    assert place["model.embed_tokens.weight"] == ("model.embed_tokens", None, "embedding")
+    assert place["model.layers.1.self_attn.q_proj.weight"] == ("model.layers.1.self_attn.q_proj", 1, "attention")
+    assert place["model.layers.0.mlp.up_proj.weight"] == ("model.layers.0.mlp.up_proj", 0, "mlp")
+    assert place["model.layers.0.input_layernorm.weight"] == ("model.layers.0.input_layernorm", 0, "norm")
+    assert place["model.norm.weight"] == ("model.norm", None, "norm")
+
+
+def test_quantiles_of_large_tensors_come_from_a_sample(monkeypatch):
+    monkeypatch.setattr(summary_module, "SAMPLE", 10_000)
+    values = torch.arange(200_000.0)
+    row = describe("w", values, 1.0, "file")
+    assert row["max"] == 199_999
+    assert row["q50"] == pytest.approx(100_000, rel=0.05)
+    assert row == describe("w", values, 1.0, "file")
+
+
+def test_the_card_says_what_was_measured_of_which_model_and_how_to_use_it(folder):
+    card = DatasetCard.load(folder / "README.md")
+    manifest = FisherInformation.from_pretrained(folder).manifest
+    data = card.data.to_dict()
+    assert data["configs"] == [
+        {"config_name": "summary", "default": True, "data_files": [{"split": "params", "path": "summary/params.parquet"}]}
+    ]
+    assert "license" not in data, "the licence is the base model's"
+    for part in (
+        manifest.base_model.fingerprint,
+        "Gemma2ForCausalLM",
+        "| text | every token",
+        "en.jsonl",
+        f"T = {T:g}",
+        "EWCTrainer(",
+    ):
+        assert part in card.text
+    assert "## Limits" in card.text
+    assert (folder / "README.md").read_text(encoding="utf-8") == render_card(manifest)
+
+
+def test_the_card_of_a_hub_model_names_its_commit_and_that_of_a_local_one_no_path(folder):
+    manifest = FisherInformation.from_pretrained(folder).manifest
+    assert str(folder.parent) not in render_card(manifest)
+    assert str(Path(manifest.base_model.id).parent) not in render_card(manifest)
+    at_hub = BaseModel.from_dict({**manifest.base_model.to_dict(), "id": "me/tiny", "revision": "4f" * 20})
+    manifest.base_model = at_hub
+    card = render_card(manifest)
+    assert f"`me/tiny` (Gemma2ForCausalLM), revision `{'4f' * 20}`" in card
+    assert "base_model: me/tiny" in card
+
+
+@pytest.mark.parametrize(
+    ("dataset", "shown"),
+    [
+        ("cais/mmlu", "cais/mmlu"),
+        ("/home/someone/en.jsonl", "en.jsonl"),
+        ("../private/en.jsonl", "en.jsonl"),
+        (None, "in memory"),
+    ],
+)
+def test_the_card_shows_hub_ids_whole_and_of_local_files_the_name(folder, dataset, shown):
+    manifest = FisherInformation.from_pretrained(folder).manifest
+    manifest.probes[0].dataset = dataset
+    row = next(line for line in render_card(manifest).splitlines() if line.startswith("| text |"))
+    assert f"| {shown} · train |" in row
+
+
+def test_the_card_of_a_mixture_shows_both_weights(base_folder):
+    fisher = make_fisher(BaseModel.resolve(base_folder))
+    card = render_card(FisherInformation.mix([fisher, fisher], [1, 3]).manifest)
+    assert "a weighted mixture" in card
+    assert "| 0.25 |" in card
+    assert "| 0.75 |" in card
+
+
+def test_the_manifest_on_disk_is_readable_and_ordered_like_the_model(folder):
+    data = json.loads((folder / "fisher_config.json").read_text(encoding="utf-8"))
+    assert list(data["parameters"])[0] == "model.embed_tokens.weight"
+    assert data["parameters"]["model.norm.weight"] == {"shape": [32]}
+    assert set(data["versions"]) >= {"hf_ewc", "torch", "transformers"}
+    assert "folder" not in data["base_model"]
