@@ -1,8 +1,7 @@
 """Rows from files and from the Hub: one loader and one set of row checks for probes, training texts and evaluation.
 
 Local files are read straight into memory instead of through `datasets`' builders: nothing is written to a cache folder, a
-broken line is reported with its number, and a text such as `"2020-01-01"` stays text (Arrow's own JSON reader makes a timestamp
-of it).
+broken line is reported with its number, and `"2020-01-01"` stays text (Arrow's JSON reader makes a timestamp of it).
 """
 
 from __future__ import annotations
@@ -26,6 +25,12 @@ from .errors import DataError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # names of a question's choices, so also the most choices a question may have
 KINDS = (".json", ".jsonl", ".csv", ".parquet", ".txt")
+UNFIT = (
+    pa.ArrowInvalid,
+    pa.ArrowTypeError,
+    OverflowError,
+    UnicodeError,
+)  # what Arrow says of a value that a column cannot take
 ONE_PER_LINE = 'Write one object per line, such as {"text": "…"}.'
 
 
@@ -75,7 +80,8 @@ def load_rows(
         columns (`Sequence[str]`, *optional*):
             Columns that must be there; the others are dropped. Empty: keep everything.
         streaming (`bool`, *optional*, defaults to `False`):
-            Return an `IterableDataset` that never holds the whole, for files larger than memory.
+            Return an `IterableDataset` that never holds the whole, for files larger than memory. `datasets` then leaves an
+            empty lock file in its cache.
 
     Returns:
         [`~datasets.Dataset`], or [`~datasets.IterableDataset`] when streaming, with at least one row.
@@ -95,14 +101,10 @@ def load_rows(
         raise DataError(f"there is no file '{dataset}'. Check the path; relative paths start at {Path.cwd().name}/.")
     else:
         rows = _load_hub(str(dataset), config, split, revision, streaming)
-    if isinstance(rows, IterableDataset):
-        there = list(next(iter(rows), {}))
-        empty = not there
-    else:
-        there, empty = rows.column_names, len(rows) == 0
-    if empty:
+    first = next(iter(rows), None)
+    if first is None:
         raise DataError(f"'{dataset}' holds no rows, so there is nothing to measure or to learn from.")
-    require_columns(there, columns, str(dataset))
+    require_columns(first, columns, str(dataset))
     return rows.select_columns(list(columns)) if columns else rows
 
 
@@ -255,12 +257,12 @@ def _json(text: str, where: str) -> Any:
 def _one_type(name: str, column: list[Any], source: str) -> pa.Array:
     try:
         return pa.array(column)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+    except UNFIT as error:
         first = next(number for number, value in enumerate(column) if value is not None)
         for number, value in enumerate(column, 1):
             try:
                 pa.array([column[first], value])
-            except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+            except UNFIT:
                 raise DataError(
                     f"row {number} of '{source}': `{name}` is {_shown(value)}, but row {first + 1} holds "
                     f"{_shown(column[first])}. One column holds one type; correct the row."

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from ..errors import FisherMismatchError
 from .base import BaseModel, weight_files
-from .files import Index, TensorFiles
+from .files import Index, Reader, TensorFiles, reader_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,21 +38,21 @@ class AnchorTensors:
     def __init__(self, base: BaseModel, names: Iterable[str]) -> None:
         self.base = base.located()
         assert self.base.folder is not None
-        self._files = TensorFiles(weight_files(self.base.folder))
-        self._loaded: dict[str, Tensor] = {}
+        files = TensorFiles(weight_files(self.base.folder))
+        self._read: Reader = files.read
         wanted = list(names)
-        if all(name in self._files.headers for name in wanted):
+        if all(name in files.headers for name in wanted):
             return
         logger.info("The files of '%s' use other names than its parameters; loading it once to read them.", base.label)
         model = AutoModelForCausalLM.from_pretrained(self.base.folder, dtype=getattr(torch, self.base.dtype))
-        self._loaded = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        if missing := [name for name in wanted if name not in self._loaded]:
+        loaded = dict(model.named_parameters())
+        if missing := [name for name in wanted if name not in loaded]:
             raise FisherMismatchError(
                 f"the base model '{base.label}' ({self.base.architecture}) has no parameter {', '.join(missing[:5])}"
                 f"{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}, so there is no anchor to pull these back to. "
                 "Name the model that the run starts from. Nothing was trained."
             )
-        self._loaded = {name: self._loaded[name] for name in wanted}
+        self._read = reader_of({name: loaded[name] for name in wanted})
 
     @property
     def sha(self) -> str:
@@ -67,6 +67,4 @@ class AnchorTensors:
             name (`str`): as in `named_parameters()`.
             index (`tuple[slice, ...]`, *optional*): slices of the leading dimensions; a shard of the parameter.
         """
-        if self._loaded:
-            return (self._loaded[name][index] if index else self._loaded[name]).clone()
-        return self._files.read(name, index)
+        return self._read(name, index)

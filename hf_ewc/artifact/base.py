@@ -28,7 +28,7 @@ from .files import TensorFiles, sha256_file
 logger = logging.getLogger(__name__)
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab.*", "merges.txt")
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -204,8 +204,7 @@ def weight_files(folder: Path) -> list[Path]:
             f"'{folder}' holds a PEFT adapter, not a model: in a frozen base there is nothing to protect. Merge it "
             "(`model.merge_and_unload()`), save the result with `model.save_pretrained(...)` and name that folder."
         )
-    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-    if pickles:
+    if pickles := pickles_in(folder):
         raise DataError(
             f"'{folder}' holds its weights as pickles only ({', '.join(pickles)}). Unpickling can run any code, so only "
             "safetensors are read. Load the model once where you trust it, write it with `model.save_pretrained(...)`, and "
@@ -215,6 +214,11 @@ def weight_files(folder: Path) -> list[Path]:
         f"'{folder}' holds no {SINGLE} and no {INDEX}, so it is not a model folder. Name a Hub id or a folder that was written "
         "with `model.save_pretrained(...)`."
     )
+
+
+def pickles_in(folder: Path) -> list[str]:
+    """Names of the files that only unpickling could read."""
+    return sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
 
 
 def _pull(name: str, revision: str | None) -> tuple[Path, str]:
@@ -231,8 +235,8 @@ def _pull(name: str, revision: str | None) -> tuple[Path, str]:
         raise DataError(
             f"the base model '{name}'{at} is not a folder on this machine, and it could not be had from the Hub:\n"
             f"    {str(error).strip().splitlines()[0]}\n"
-            f"Check the spelling, accept its licence on its page and run `hf auth login` if it is gated, or fetch it while online "
-            f"with `hf download {name}`."
+            "Check the spelling; if it is gated, accept its licence on its page and run `hf auth login`; or fetch it while "
+            f"online with `hf download {name}`."
         ) from error
 
 
@@ -247,4 +251,7 @@ def _blob_sha256(path: Path) -> str:
 def _folder_tokenizer(folder: Path) -> str | None:
     if not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES):
         return None
-    return tokenizer_sha256(AutoTokenizer.from_pretrained(folder))
+    try:
+        return tokenizer_sha256(AutoTokenizer.from_pretrained(folder))
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(f"the tokenizer in '{folder}' cannot be loaded: {error}") from error

@@ -43,8 +43,8 @@ def render_card(manifest: Manifest) -> str:
 
 # Diagonal Fisher information of {model}
 
-For each weight of the base model: how much the probabilities of the probe's tokens depend on it. Elastic Weight Consolidation uses
-it to let a model learn something new while the weights that carry the probed knowledge hold.
+For each weight of the base model: how much the probabilities of the probe's tokens depend on it. Elastic Weight
+Consolidation uses it to let a model learn something new while the weights that carry the probed knowledge hold.
 
 | base model | |
 |---|---|
@@ -55,9 +55,9 @@ it to let a model learn something new while the weights that carry the probed kn
 
 ## What was measured
 
-F_i = 1/T · Σ_n (Σ_t ∂ log p(y_nt | x_n) / ∂θ_i)², one square per {estimator.granularity} n, {estimator.labels} labels, gradients of
-a {estimator.model_dtype} model, summed in {estimator.accumulation_dtype}. {_reduction(manifest)} With it, ½ Σ_i F_i (θ_i − θ*_i)²
-reads as nats of divergence from the base per probe token.
+F_i = 1/T · Σ_n (Σ_t ∂ log p(y_nt | x_n) / ∂θ_i)², one square per {estimator.granularity} n, {estimator.labels} labels,
+gradients of a {estimator.model_dtype} model, summed in {estimator.accumulation_dtype}. {_reduction(manifest)}
+With it, ½ Σ_i F_i (θ_i − θ*_i)² reads as nats of divergence from the base per probe token.
 
 | probe | scored | data | examples | scored tokens (T) | dropped | weight |
 |---|---|---|---|---|---|---|
@@ -75,13 +75,15 @@ trainer = EWCTrainer("{model}", args, train_dataset=corpus)
 trainer.train()
 ```
 
-`datasets.load_dataset("path/to/this/folder")` gives the summary, one row per tensor (F per scored token; quantiles of tensors above
-4 M entries are those of a random sample). The values themselves lie in the safetensors files, codec `{manifest.storage.codec}`, under
-the names of `named_parameters()`; `FisherInformation.from_pretrained` checks hashes, shapes, signs, base model and tokenizer.
+`datasets.load_dataset("path/to/this/folder")` gives the summary, one row per tensor (F per scored token; quantiles of
+tensors above 4 M entries are those of a random sample). The values themselves lie in the safetensors files, codec
+`{manifest.storage.codec}`, under the names of `named_parameters()`. `FisherInformation.from_pretrained` checks the files,
+the trainer that they belong to its base model and tokenizer.
 
 ## Limits
 
-- It belongs to exactly these base weights and this tokenizer. Any other model, a quantised or fine-tuned copy included, is refused.
+- It belongs to exactly these base weights and this tokenizer. Any other model is refused, a fine-tuned or
+  quantised copy too.
 - It keeps what was probed for. What the probe does not touch is free to be forgotten.
 - It is a diagonal, local approximation: the further the weights move, the less it says.
 - These are not weights: no model can be loaded from this repository.
@@ -106,4 +108,5 @@ def _probe_row(probe: ProbeRecord) -> str:
     path = PurePath(name)
     shown = path.name if path.is_absolute() or path.suffix or len(path.parts) > 2 else name
     data = " · ".join(part for part in (shown, probe.config, probe.split, probe.revision and probe.revision[:7]) if part)
-    return f"| {probe.kind} | {target} | {data} | {probe.examples:,} | {probe.scored_tokens:,} | {probe.dropped:,} | {probe.weight:.3g} |"
+    numbers = f"{probe.examples:,} | {probe.scored_tokens:,} | {probe.dropped:,} | {probe.weight:.3g}"
+    return f"| {probe.kind} | {target} | {data} | {numbers} |"

@@ -70,7 +70,7 @@ CODECS = {
 def get_codec(name: str) -> Codec:
     if name not in CODECS:
         raise ConfigError(
-            f"`codec: {name}` is not one of {', '.join(CODECS)}. float16 and per-tensor 8-bit formats are left out on purpose: they "
-            "store most of a Fisher as zeros."
+            f"`codec: {name}` is not one of {', '.join(CODECS)}. float16 and per-tensor 8-bit formats are left out on purpose: "
+            "they store most of a Fisher as zeros."
         )
     return CODECS[name]

@@ -50,9 +50,9 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     try:
         yield fresh
         _sync_tree(fresh)
-        if folder.exists():
-            os.rename(folder, old)
         try:
+            if folder.exists():
+                os.rename(folder, old)
             os.rename(fresh, folder)
         except BaseException:
             if old.exists():
@@ -87,8 +87,8 @@ class TensorFiles:
     The tensors of several safetensors files under one roof, read lazily; nothing but the headers is held.
 
     A file that changes after the headers were read is refused, because what was checked is then no longer what would
-    be read. Every `read` returns memory of its own: safetensors hands out views into one shared mapping, where an
-    in-place operation on one tensor would change what the next call returns.
+    be read. Every `read` returns memory of its own: safetensors hands out views into a mapping of the file, and an
+    anchor that is held for a whole training would change (or crash the process) when the file is overwritten in place.
 
     Args:
         paths (`Iterable[Path]`): the files.

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 SHOWN = 10
 ABSENT = "–"
 
-
 Row = tuple[str, str, str]  # what, in the Fisher, in the model
 
 
@@ -74,12 +73,13 @@ def check_parameters(manifest: Manifest, source: str, shapes: Mapping[str, tuple
     reason = "The vocabulary was probably resized after the Fisher was estimated. " if resized else ""
     if extra:
         advice = (
-            "The Fisher protects tensors that this model does not have: it is another architecture, or its parameters were renamed "
-            "by a wrapper. Estimate it again on the model that you train (`hf-ewc fisher …`)."
+            "The Fisher protects tensors that this model does not have: it is another architecture, or its parameters were "
+            "renamed by a wrapper. Estimate it again on the model that you train (`hf-ewc fisher …`)."
         )
     else:
+        these = "this" if len(uncovered) == 1 else "these"
         advice = (
-            f"Estimate it again (`hf-ewc fisher …`), or set\n`ewc_missing: ignore` to leave {_these(len(uncovered))} of "
+            f"Estimate it again (`hf-ewc fisher …`), or set\n`ewc_missing: ignore` to leave {these} {len(uncovered)} of "
             f"{len(shapes)} tensors unpenalised."
         )
     raise FisherMismatchError(
@@ -89,10 +89,6 @@ def check_parameters(manifest: Manifest, source: str, shapes: Mapping[str, tuple
 
 def _shape(shape: tuple[int, ...] | None) -> str:
     return ABSENT if shape is None else str(tuple(shape))
-
-
-def _these(count: int) -> str:
-    return f"{'this' if count == 1 else 'these'} {count}"
 
 
 def table(rows: list[Row], first: str = "fisher", second: str = "model") -> str:

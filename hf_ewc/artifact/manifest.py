@@ -169,8 +169,8 @@ class Manifest:
             problems += manifest.problems()
             if recorded != manifest.digest:
                 problems.append(
-                    f"digest recorded {recorded}, computed {manifest.digest}: it was edited after it was written, so it no longer "
-                    "says what was measured"
+                    f"digest recorded {recorded}, computed {manifest.digest}: it was edited after it was written, so it no "
+                    "longer says what was measured"
                 )
         if problems:
             raise _unusable(source, problems)
@@ -196,7 +196,7 @@ class Manifest:
 
 
 def digest_of(data: dict[str, Any]) -> str:
-    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,8 @@ from .mix import mixture
 from .summary import range_problem, sum_and_zeros
 from .verify import MANIFEST, open_verified
 from .write import write_folder
+
+logger = logging.getLogger(__name__)
 
 
 class FisherInformation:
@@ -69,7 +72,8 @@ class FisherInformation:
 
         Args:
             tensors (`Mapping[str, torch.Tensor]`): float32 sums of squares by `named_parameters()` name, tied weights
-                once. base ([`BaseModel`]): the model they were measured at.
+                once.
+            base ([`BaseModel`]): the model they were measured at.
             probes (`Sequence[ProbeRecord]`): what it was measured on.
             estimator ([`EstimatorRecord`]): how, with the `normalizer`.
 
@@ -257,6 +261,8 @@ def locate(folder_or_id: str, revision: str | None = None) -> Path:
     """Folder of a Fisher on this machine. The one place that will learn to pull from the Hub."""
     path = Path(folder_or_id).expanduser()
     if path.is_dir():
+        if revision is not None:
+            logger.warning("revision '%s' is ignored: '%s' is a local folder.", revision, folder_or_id)
         return path
     if path.is_file():
         raise FisherFormatError(f"'{folder_or_id}' is a file. Name the folder that holds {MANIFEST}; pickles are not read.")
@@ -271,8 +277,8 @@ def locate(folder_or_id: str, revision: str | None = None) -> Path:
         )
     pinned = f", revision={revision!r}" if revision else ""
     raise EWCError(
-        f"there is no folder '{folder_or_id}'. If it is a dataset on the Hub: this version reads local folders only, pulling comes "
-        "with a later one. Download it first, in Python, and name the folder that this returns:\n"
+        f"there is no folder '{folder_or_id}'. If it is a dataset on the Hub: this version reads local folders only, "
+        "pulling comes with a later one. Download it first, in Python, and name the folder that this returns:\n"
         f'    huggingface_hub.snapshot_download({folder_or_id!r}, repo_type="dataset"{pinned})'
     )
 

@@ -42,7 +42,11 @@ def sum_and_zeros(values: Tensor) -> tuple[float, int]:
 
 
 def range_problem(values: Tensor) -> str | None:
-    """What keeps these values from being a Fisher (a mean of squares), or `None`. Needs no scratch memory: `aminmax` passes NaN on."""
+    """
+    What keeps these values from being a Fisher (a mean of squares), or `None`.
+
+    `aminmax` passes NaN on, so one pass without scratch memory decides.
+    """
     if values.numel() == 0:
         return None
     low, high = (bound.item() for bound in values.aminmax())

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..errors import FisherFormatError
-from .base import PICKLES, SINGLE
+from .base import SINGLE, pickles_in
 from .codec import CODECS, Codec
 from .files import TensorFiles, sha256_file
 from .manifest import Manifest
@@ -32,7 +32,7 @@ def open_verified(folder: Path, source: str) -> tuple[Manifest, TensorFiles]:
     Raises:
         [`FisherFormatError`]: with everything that is wrong.
     """
-    _stop(source, [f"{name} is a pickle, which can run any code when it is read" for name in _pickles(folder)])
+    _stop(source, [f"{name} is a pickle, which can run any code when it is read" for name in pickles_in(folder)])
     if not (folder / MANIFEST).exists():
         hint = "It is a model: name the folder that `hf-ewc fisher` wrote for it." if (folder / SINGLE).exists() else ""
         raise FisherFormatError(
@@ -63,10 +63,6 @@ def open_verified(folder: Path, source: str) -> tuple[Manifest, TensorFiles]:
             problems.append(f"{name} {problem}")
     _stop(source, problems)
     return manifest, files
-
-
-def _pickles(folder: Path) -> list[str]:
-    return sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
 
 
 def _file_problems(folder: Path, manifest: Manifest) -> list[str]:

@@ -42,8 +42,8 @@ def _write(manifest: Manifest, read: Reader, folder: Path, codec: Codec, limit: 
             # The table describes what a reader will get, so the decoded values and not the ones that were encoded.
             decoded = codec.decode(name, reader_of(parts))
             rows.append(describe(name, decoded, manifest.estimator.normalizer, file))
-        # No "pt" here: transformers takes that format for weights.
-        save_file(stored, folder / file, metadata={"format": "hf_ewc.fisher", "codec": codec.name})
+        # One entry only: safetensors writes several in random order, and the same Fisher would get another hash each time.
+        save_file(stored, folder / file, metadata={"format": "hf_ewc.fisher"})
         shards[file] = ShardRecord(sha256=sha256_file(folder / file), size=(folder / file).stat().st_size)
         weight_map.update(dict.fromkeys(stored, file))
     totals = Totals(
@@ -99,8 +99,8 @@ def _check_target(folder: Path, overwrite: bool) -> None:
     if foreign or MANIFEST not in present:
         listed = ", ".join(foreign[:5] or sorted(present)[:5])
         raise EWCError(
-            f"'{folder}' holds files that are not part of a Fisher ({listed}), and saving would have to delete them. Choose a new "
-            "folder. Nothing was written."
+            f"'{folder}' holds files that are not part of a Fisher ({listed}), and saving would have to delete them. "
+            "Choose a new folder. Nothing was written."
         )
     if not overwrite:
         raise EWCError(

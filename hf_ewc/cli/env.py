@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from ..errors import ConfigError
+
 HELP = """\
 Usage: hf-ewc env
 
-Print the versions of the packages, the devices, the Hugging Face cache and offline settings. Says whether a Hub token is present,
-never the token. Paste it into a bug report.
+Print the versions of the packages, the devices, the Hugging Face cache and offline settings, for a bug report.
+Says whether a Hub token is present, never the token.
 """
 
 PACKAGES = (
@@ -28,11 +30,8 @@ OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
 
 
 def run(argv: list[str]) -> int:
-    from .options import wants_help
-
-    if wants_help(argv):
-        print(HELP, end="")
-        return 0
+    if argv:
+        raise ConfigError(f"`hf-ewc env` takes no settings, got `{' '.join(argv)}`.")
     for name, value in facts().items():
         print(f"{name:<18} {value}")
     return 0
@@ -61,7 +60,9 @@ def facts() -> dict[str, str]:
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
-            found[f"cuda:{i}"] = f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB, bf16 {torch.cuda.is_bf16_supported()}"
+            found[f"cuda:{i}"] = (
+                f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB, bf16 {torch.cuda.is_bf16_supported()}"
+            )
     else:
         found["accelerator"] = "none (CPU only)"
     found["8-bit optimizer"] = _bitsandbytes()

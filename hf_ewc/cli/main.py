@@ -56,7 +56,11 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"Did you mean `hf-ewc {close[0]}`?" if close else f"The commands are {', '.join(COMMANDS)}."
         print(f"hf-ewc: there is no command `{name}`. {hint}", file=sys.stderr)
         return 2
-    return guarded(name, importlib.import_module(f".{name}", __package__).run, argv[1:])
+    command = importlib.import_module(f".{name}", __package__)
+    if "-h" in argv or "--help" in argv:
+        print(command.HELP, end="")
+        return 0
+    return guarded(name, command.run, argv[1:])
 
 
 def guarded(name: str, run: Callable[[list[str]], int], argv: list[str]) -> int:
@@ -80,9 +84,10 @@ def guarded(name: str, run: Callable[[list[str]], int], argv: list[str]) -> int:
     except Exception as error:
         if not is_disk_full(error):
             raise
+        again = f" with `{CONTINUE[name].strip()}`" if CONTINUE.get(name) else ""
         print(
-            f"hf-ewc {name}: the disk is full ({error}). What was complete before stays as it was. Free some space, then run the "
-            "same command again" + (f" with `{CONTINUE[name].strip()}`." if CONTINUE.get(name) else "."),
+            f"hf-ewc {name}: the disk is full ({error}). What was complete before stays as it was. Free some space, then "
+            f"run the same command again{again}.",
             file=sys.stderr,
         )
         return 1

@@ -1,7 +1,7 @@
 """One YAML file and flags → dataclasses, through [`~trl.TrlParser`], with every problem found before anything starts.
 
-TRL's parser stops at the first problem, prints 800 lines of usage, and ignores `--config=FILE`. Here all unknown, removed, mistyped
-and missing settings of file and flags are reported together, and with them what the dataclasses' own `problems()` say.
+TRL's parser stops at the first problem, prints 800 lines of usage, and ignores `--config=FILE`. Here all unknown, removed,
+mistyped and missing settings of file and flags are reported together, with what the dataclasses' own `problems()` say.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import difflib
 import json
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from enum import Enum
 from pathlib import Path
@@ -56,16 +57,12 @@ RENAMED: dict[str, tuple[str | None, str]] = {
 }
 
 
-def wants_help(argv: list[str]) -> bool:
-    return any(word in ("-h", "--help") for word in argv)
-
-
 def parse(
     command: str,
     argv: list[str],
     *types_: type,
     required: tuple[str, ...] = (),
-    defaults: dict[str, Any] | None = None,
+    defaults: Callable[[dict[str, Any]], dict[str, Any]] = lambda given: {},
 ) -> tuple[Any, ...]:
     """
     Read `--config FILE` and flags into one instance per dataclass.
@@ -75,7 +72,7 @@ def parse(
         argv (`list[str]`): `--key value`, `--key=value`, `--flag`, `--no-flag`; dashes or underscores; lists as several words.
         types_ (`type`): dataclasses without a field name in common.
         required (`tuple[str, ...]`, *optional*): fields that must be given although their dataclass has a default.
-        defaults (`dict`, *optional*): values below those of the file.
+        defaults (`Callable`, *optional*): the given values → values for what was not given, instead of the dataclasses' own.
 
     Raises:
         [`ConfigError`]: one error that lists everything that is wrong.
@@ -84,18 +81,19 @@ def parse(
     hints = {name: hint for t in types_ for name, hint in typing.get_type_hints(t).items()}
     problems: list[str] = []
     given = _given(argv, problems)
-    values = dict(defaults or {})
+    values: dict[str, Any] = {}
     for key, (value, source) in given.items():
         name = key
         if key not in known and key.startswith("no_") and value is True and key[3:] in known:
             name, value = key[3:], False
-        if name not in known:
+        if name not in known or RENAMED.get(name, (None,))[0] in known:
             problems.append(_unknown(key, source, known))
             continue
         try:
             values[name] = convert(value, hints[name])
         except ValueError as error:
             problems.append(f"`{name}: {_shown(value)}` ({source}): {error}.")
+    values = {**defaults(values), **values}
     for name, field in known.items():
         must = name in required or (field.default is MISSING and field.default_factory is MISSING)
         if must and name not in given:
@@ -104,7 +102,7 @@ def parse(
             values[name] = None  # so that the instances can be made and asked for their problems, too
 
     instances: tuple[Any, ...] = ()
-    parser = TrlParser(types_)
+    parser = TrlParser(list(types_))  # type: ignore[arg-type]
     parser.set_defaults_with_config(**values)
     try:
         instances = parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
@@ -170,7 +168,7 @@ def _unknown(key: str, source: str, known: dict[str, Field]) -> str:
 
 def convert(value: Any, hint: Any) -> Any:
     """
-    Turn what YAML or the command line gave into what the type hint asks for, or raise a `ValueError` that says what is expected.
+    Turn what YAML or the command line gave into what the type hint asks for; a `ValueError` says what was expected.
 
     YAML reads `2e-4` as a string and `no` as `False`; a flag is always a string. Whatever could mean two things is refused.
     """
@@ -186,10 +184,12 @@ def convert(value: Any, hint: Any) -> Any:
         if value not in choices:
             raise ValueError(f"it must be one of {', '.join(map(str, choices))}")
         return value
-    if any(_origin(member) is type(value) for member in members if _origin(member) is not list):
+    if not isinstance(value, str) and any(_origin(m) is type(value) and _origin(m) is not list for m in members):
         return value
     reasons = []
-    for member in sorted(members, key=lambda m: m is str):  # a string is the last resort: "8" for `int | str` is a number
+    # a word on the command line for `int | str` is a number if it can be one; for `str | list[str]` it stays one string
+    order = [int, float, dict, str]
+    for member in sorted(members, key=lambda m: order.index(_origin(m)) if _origin(m) in order else len(order)):
         try:
             return _convert_to(value, member)
         except ValueError as error:

@@ -22,14 +22,8 @@ from .results import Row, domain_titles, fronts, rows, write_atomically
 STYLES = {"proximal": ("#0072B2", "o"), "loss": ("#D55E00", "s"), "decoupled": ("#009E73", "^")}
 SPARE_STYLES = [("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X")]
 BASE_COLOUR = "#555555"
-PLAIN: dict[str, Any] = {
-    "ls": "",
-    "marker": "o",
-    "color": "black",
-    "mfc": "white",
-    "mew": 1.8,
-    "ms": 10,
-}  # λ = 0, in any mode
+# λ = 0, in any mode
+PLAIN: dict[str, Any] = {"ls": "", "marker": "o", "color": "black", "mfc": "white", "mew": 1.8, "ms": 10}
 DASHES = (0, (4, 4))
 FONT_SIZE = 11
 DPI = 150  # 1800 pixels wide, so that the text is sharp where the picture is shown at 1200
@@ -44,7 +38,7 @@ def retention_figure(results: dict, path: str | Path) -> Path:
     panels, one per question set, show accuracy ± one standard error over λ, with the base and the level of guessing.
 
     Args:
-        results (`dict`): Results of a sweep; runs that are not finite are named under the picture instead of drawn.
+        results (`dict`): Results of a sweep; runs that are not finite are named above the picture instead of drawn.
         path (`str` or `Path`): Where the PNG goes, written whole or not at all.
 
     Returns:
@@ -120,7 +114,7 @@ def _draw_questions(axes: Axes, name: str, base: Row, lines: dict[str, list[Row]
                 drawn.append((place, score.value, score.stderr or 0))
         x, y, error = np.array(drawn).reshape(-1, 3).T
         axes.errorbar(x, y, error, fmt="-", marker=marker, color=colour, ms=7, lw=1.2, elinewidth=1.5, capsize=3, zorder=2)
-        if line[0].ewc_lambda == 0:
+        if line[0].ewc_lambda == 0 and len(drawn) == len(line):
             axes.plot(x[:1], y[:1], **PLAIN, zorder=3)
     if before.chance is not None:
         axes.axhline(before.chance, color=BASE_COLOUR, lw=1.2, ls=":", zorder=1)

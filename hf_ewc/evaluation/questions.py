@@ -6,6 +6,8 @@ import contextlib
 import copy
 import io
 import logging
+import random
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +104,7 @@ def score_questions(
     rows = load_questions(file, split, max_documents)
     harness_model = _harness_model(model, tokenizer, batch_size)
     _check_lengths(rows, file, harness_model.tok_encode, context_length(model))
-    with evaluation_mode(model), _quiet(not progress):
+    with _contained(model, show_bars=progress):
         # `evaluate`, not `simple_evaluate`: that one reseeds every generator and inspects the machine for a third of a second.
         import lm_eval
         from lm_eval.tasks import TaskManager
@@ -130,7 +132,7 @@ def score_questions(
 
 def _harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
     """The model as lm-evaluation-harness wants it."""
-    with _quiet():
+    with _contained(model):  # HFLM's constructor calls `model.eval()`, and it sets the tokenizer's padding token
         from lm_eval.models.huggingface import HFLM
 
         class LetterLM(HFLM):
@@ -140,10 +142,7 @@ def _harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
                 bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
                 return bos + self.tokenizer.encode(string, add_special_tokens=False)
 
-        with evaluation_mode(model):  # HFLM's constructor calls `model.eval()`, and it sets the tokenizer's padding token
-            return LetterLM(
-                pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype="float32"
-            )
+        return LetterLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype="float32")
 
 
 def _check_lengths(rows: Dataset, file: str, encode: Any, context: int | None) -> None:
@@ -158,15 +157,14 @@ def _check_lengths(rows: Dataset, file: str, encode: Any, context: int | None) -
 
 
 @contextlib.contextmanager
-def _quiet(bars: bool = True) -> Iterator[None]:
-    """No advice from lm-evaluation-harness' log (errors still show), and none of its three progress bars."""
-    logger = logging.getLogger("lm_eval")
+def _contained(model: PreTrainedModel, show_bars: bool = False) -> Iterator[None]:
+    """Leave no trace of lm-evaluation-harness: eval mode, advice in the log (errors show), progress bars, random numbers."""
+    logger, state = logging.getLogger("lm_eval"), random.getstate()
     level = logger.level
     logger.setLevel(logging.ERROR)
-    with contextlib.ExitStack() as stack:
-        if bars:
-            stack.enter_context(contextlib.redirect_stderr(stack.enter_context(io.StringIO())))
-        try:
+    try:
+        with evaluation_mode(model), contextlib.redirect_stderr(sys.stderr if show_bars else io.StringIO()):
             yield
-        finally:
-            logger.setLevel(level)
+    finally:
+        logger.setLevel(level)
+        random.setstate(state)  # it draws names for its requests from Python's global generator

@@ -44,8 +44,7 @@ def estimate_fisher(
         model (`str`, `Path` or [`~transformers.PreTrainedModel`]):
             Hub id or folder; or a loaded model whose weights still equal the files it came from, since those files are the
             anchor θ* of the penalty. A loaded model keeps its dtype and device, and is left as it was found: mode,
-            `requires_grad`,
-            `.grad`, RNG state.
+            `requires_grad`, `.grad`, RNG state.
         config ([`FisherConfig`], *optional*):
             Probe and settings.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -56,12 +55,12 @@ def estimate_fisher(
             Show a bar with examples per second and the time left.
 
     Returns:
-        [`FisherInformation`]: every floating-point parameter of `named_parameters()`, tied ones once, in float32 on the CPU.
+        [`FisherInformation`]: every parameter of `named_parameters()`, tied ones once, in float32 on the CPU.
 
     Raises:
         [`ConfigError`]: a setting is wrong, or `work_dir` holds another estimate.
-        [`DataError`]: the model's weights are in no file, a row is unusable, or more than `max_dropped` of the examples have a
-        NaN or infinite gradient.
+        [`DataError`]: the model's weights are in no file or quantised, a row is unusable, or more than `max_dropped` of the
+        examples have a NaN or infinite gradient.
 
     Example:
 
@@ -72,11 +71,18 @@ def estimate_fisher(
     """
     config = FisherConfig() if config is None else config
     config.check()
-    with _rng_untouched():
+    # loading a model must not move the random numbers of a later training
+    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
         model, base = _model_and_base(model, config)
         if tokenizer is None and base.tokenizer_sha256 is not None:
             tokenizer = AutoTokenizer.from_pretrained(base.folder)
         probe = build_probe(config, tokenizer, dataset)
+        largest = max(max(example.input_ids) for example in probe.examples)
+        if largest >= base.vocab_size:
+            raise DataError(
+                f"the probe holds token {largest}, but '{base.label}' knows tokens 0 to {base.vocab_size - 1}. It was made "
+                "with another tokenizer; use the model's own."
+            )
         estimator = EstimatorRecord(
             labels=config.labels,
             granularity=config.granularity,
@@ -162,19 +168,18 @@ def prepared(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
     """
     Make a model ready for `accumulate_squares`, and leave it as it was found, also after an error.
 
-    Within: eval mode (no dropout), all floating-point parameters require a gradient, and no `.grad` is set. Yields the running
-    sums: one float32 zero tensor per such parameter, in the order of `named_parameters()`, where tied ones appear once.
+    Within: eval mode (no dropout), all parameters require a gradient, and no `.grad` is set. Yields the running sums: one
+    float32 zero tensor per parameter, in the order of `named_parameters()`, where tied ones appear once.
     """
     training = {module: module.training for module in model.modules()}
-    found = {p: (p.requires_grad, p.grad) for p in model.parameters() if p.is_floating_point()}
-    names = {name: parameter for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    found = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     try:
         model.eval()
         for parameter in found:
             parameter.requires_grad_(True)
             parameter.grad = None
         with torch.enable_grad():
-            yield {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in names.items()}
+            yield {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in model.named_parameters()}
     finally:
         for parameter, (needed, gradient) in found.items():
             parameter.requires_grad_(needed)
@@ -185,41 +190,41 @@ def prepared(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
 
 def _model_and_base(model: str | Path | PreTrainedModel, config: FisherConfig) -> tuple[PreTrainedModel, BaseModel]:
     """Load the model that an id or folder names; or find the files of a loaded one, and see that it still equals them."""
-    if isinstance(model, (str, Path)):
-        base = BaseModel.resolve(model, config.revision)
-        assert base.folder is not None  # `resolve` found it
-        loaded = AutoModelForCausalLM.from_pretrained(base.folder, dtype=getattr(torch, config.dtype))
-        device = torch.device(config.device) if config.device else torch.accelerator.current_accelerator()
-        return loaded.to(device=device or torch.device("cpu")), base  # type: ignore[call-arg]  # transformers wraps `to`
     kind, way_out = type(model).__name__, "Save it first (model and tokenizer, `save_pretrained(folder)`) and pass that folder."
-    if not isinstance(model, PreTrainedModel):
+    given = isinstance(model, PreTrainedModel)
+    if not isinstance(model, (str, Path, PreTrainedModel)):
         raise DataError(
             f"`model` must be an id, a folder or a `PreTrainedModel`, got {kind}. Unwrap it (`.module` of DDP, "
             f"`merge_and_unload()` of PEFT). {way_out}"
         )
+    name = model.config._name_or_path if isinstance(model, PreTrainedModel) else model
+    if not name:
+        raise DataError(f"this {kind} comes from no file, so that the anchor θ* could not be read again. {way_out}")
+    base = BaseModel.resolve(name, config.revision)
+    assert base.folder is not None  # `resolve` found it
+    if not isinstance(model, PreTrainedModel):
+        model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=getattr(torch, config.dtype))
+        device = torch.device(config.device) if config.device else torch.accelerator.current_accelerator()
+        model.to(device=device or torch.device("cpu"))  # type: ignore[call-arg]  # transformers wraps `to`
     parameters = dict(model.named_parameters())
     if packed := [name for name, parameter in parameters.items() if not parameter.is_floating_point()]:
         raise DataError(
-            f"{len(packed)} parameters of this {kind} are quantised ({packed[0]}, …), so that they have no gradient. Load the "
-            "model in float32 or bfloat16."
+            f"{len(packed)} parameters of '{base.label}' are quantised ({packed[0]}, …), so that they have no gradient. Take "
+            "the model in float32 or bfloat16."
         )
-    if not model.config._name_or_path:
-        raise DataError(f"this {kind} comes from no file, so that the anchor θ* could not be read again. {way_out}")
-    base = BaseModel.resolve(model.config._name_or_path, config.revision)
+    if given and (other := _differing(parameters, base)):
+        raise DataError(
+            f"the weights of this {kind} are not those of '{base.label}', where it was loaded from: `{other}` differs. A "
+            f"Fisher belongs to the weights at which it was measured, and the anchor θ* is read from files. {way_out}"
+        )
+    return model, base
+
+
+def _differing(parameters: Mapping[str, Tensor], base: BaseModel) -> str | None:
+    """The first parameter that is not what the base's files hold, rounded to the parameter's dtype."""
     anchor = AnchorTensors(base, parameters)
     for name, parameter in parameters.items():
         there = anchor.read(name)
         if there.shape != parameter.shape or not torch.equal(there.to(parameter), parameter.detach()):
-            raise DataError(
-                f"the weights of this {kind} are not those of '{base.label}', where it was loaded from: `{name}` differs. A "
-                f"Fisher belongs to the weights at which it was measured, and the anchor θ* is read from files. {way_out}"
-            )
-    return model, base
-
-
-@contextmanager
-def _rng_untouched() -> Iterator[None]:
-    """Give PyTorch's random numbers back as they were; loading a model or seeding a draw must not move a later training."""
-    devices = list(range(torch.cuda.device_count()))
-    with torch.random.fork_rng(devices=devices):
-        yield
+            return name
+    return None

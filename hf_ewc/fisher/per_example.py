@@ -47,9 +47,10 @@ def accumulate_squares(
 
     Args:
         model ([`~transformers.PreTrainedModel`]): With `.grad` of every parameter `None`, in eval mode (see `prepared`).
-        batch: Rows may be padded on either side; the padding is cut off before the forward pass.
-        sums: Running sums, float32 whatever the model's dtype, since bfloat16 sums stop growing at 256 terms and float16
-        squares
+        batch (`Mapping[str, Tensor]`):
+            See [`collate`]. Rows may be padded on either side; the padding is cut off before the forward pass.
+        sums (`Mapping[str, Tensor]`, *optional*):
+            Running sums, float32 whatever the model's dtype, since bfloat16 sums stop growing at 256 terms and float16 squares
             lose all gradients below 2e-4. `None`: look only, which tells whether the examples are finite.
 
     Returns:

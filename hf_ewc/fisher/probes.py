@@ -127,14 +127,18 @@ def build_probe(
     if rows is None:
         name = config.dataset or MMLU
         subset = subset or ("all" if default else None)
-        _refuse_test(name, split, config)  # before anything is downloaded
+        if not config.allow_test_split:
+            refuse_test_split(split, name)  # before anything is downloaded
+            if Path(name).is_file() and names_a_test_split(name):
+                logger.warning("By its name, '%s' is a test split; report nothing on it afterwards.", Path(name).name)
         revision = resolve_dataset_revision(name, revision)
         rows = load_rows(name, config=subset, split=split, revision=revision, columns=columns[config.probe])
     elif len(rows) == 0:
         raise DataError("the dataset given to `estimate_fisher` holds no rows.")
     if isinstance(rows, Dataset) and rows.split is not None:  # a dataset object still knows what it was cut from
         split = str(rows.split)
-    _refuse_test(name, split, config)
+        if not config.allow_test_split:
+            refuse_test_split(split, name or "the given dataset")
 
     there = rows.column_names if isinstance(rows, Dataset) else list(rows[0])
     kind = "tokens" if "input_ids" in there else config.probe
@@ -150,16 +154,6 @@ def build_probe(
     if name is not None and Path(name).exists():
         name = Path(name).name  # never somebody's absolute path
     return Probe(kind, name, subset, split, revision, examples[: config.max_examples])
-
-
-def _refuse_test(name: str | None, split: str | None, config: FisherConfig) -> None:
-    if config.allow_test_split:
-        return
-    refuse_test_split(split, name or "the given dataset")
-    if name is not None and Path(name).is_file() and names_a_test_split(name):
-        logger.warning(
-            "By its name, '%s' is a test split. Report nothing on it after training with this Fisher.", Path(name).name
-        )
 
 
 def _order(count: int, config: FisherConfig) -> list[int]:
@@ -220,7 +214,10 @@ def _tokens(
             f"row {number}: `input_ids` ({len(ids)}), `labels` ({len(labels)}) and `attention_mask` differ in length."
         )
     positions, lengths = row.get("position_ids"), row.get("seq_lengths")
-    if (positions is not None and list(positions).count(0) > 1) or (lengths is not None and len(lengths) > 1):
+    starts = (
+        0 if positions is None else sum(p == 0 and real for p, real in zip(positions, mask or [1] * len(ids), strict=False))
+    )
+    if starts > 1 or (lengths is not None and len(lengths) > 1):
         raise DataError(_PACKED.format(number=number, sign="`position_ids` or `seq_lengths` mark several documents"))
     if mask is not None:  # padding may lie on either side, or in between
         ids, labels = ([value for value, keep in zip(values, mask, strict=True) if keep] for values in (ids, labels))

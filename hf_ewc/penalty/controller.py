@@ -80,7 +80,7 @@ class EWCController:
                 f"The optimizer does not hold {len(strangers)} of the model's {len(params)} trainable tensors (first: {strangers[0]}): it was "
                 "built for another model object, or leaves them out. Let the Trainer build the optimizer. Nothing was trained."
             )
-        anchors = AnchorTensors(self.base, shapes)
+        anchors = AnchorTensors(self.base, [name for name in params if name not in uncovered])
         self.protected = [
             self._protect(name, param, anchors, groups[id(param)]) for name, param in params.items() if name not in uncovered
         ]

@@ -196,12 +196,15 @@ def test_the_anchor_keeps_the_dtype_of_the_file(tmp_path, tokenizer):
     assert AnchorTensors(base, ["model.norm.weight"]).read("model.norm.weight").dtype == torch.bfloat16
 
 
-def test_what_is_done_to_an_anchor_tensor_does_not_reach_the_next_read(base_folder):
-    anchor = AnchorTensors(BaseModel.resolve(base_folder), ["model.norm.weight"])
-    kept = anchor.read("model.norm.weight")
-    anchor.read("model.norm.weight").fill_(7)
-    anchor.read("model.norm.weight", (slice(0, 4),)).fill_(7)
-    torch.testing.assert_close(anchor.read("model.norm.weight"), kept, rtol=0, atol=0)
+def test_an_anchor_tensor_survives_what_happens_to_its_file_and_to_its_twins(folder):
+    anchor = AnchorTensors(BaseModel.resolve(folder), ["model.embed_tokens.weight"])
+    expected = anchor.read("model.embed_tokens.weight").clone()
+    whole, part = anchor.read("model.embed_tokens.weight"), anchor.read("model.embed_tokens.weight", (slice(4, 8),))
+    anchor.read("model.embed_tokens.weight").fill_(7)
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.write(bytes((folder / "model.safetensors").stat().st_size))  # in place: same file, other bytes
+    torch.testing.assert_close(whole, expected, rtol=0, atol=0)
+    torch.testing.assert_close(part, expected[4:8], rtol=0, atol=0)
 
 
 def test_an_anchor_that_is_overwritten_during_the_run_is_refused(folder):
@@ -215,7 +218,13 @@ def test_an_anchor_that_is_overwritten_during_the_run_is_refused(folder):
 
 def test_a_checkpoint_that_transformers_renames_on_loading_is_read_through_the_model(tmp_path, caplog):
     """Mixtral's files hold one matrix per expert, its parameters one stack of all."""
-    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     torch.manual_seed(0)
     model = MixtralForCausalLM(MixtralConfig(vocab_size=64, num_local_experts=2, **sizes))
     model.save_pretrained(tmp_path)

@@ -117,7 +117,7 @@ def test_the_card_of_a_mixture_shows_both_weights(base_folder):
 
 def test_the_manifest_on_disk_is_readable_and_ordered_like_the_model(folder):
     data = json.loads((folder / "fisher_config.json").read_text(encoding="utf-8"))
-    assert list(data["parameters"])[0] == "model.embed_tokens.weight"
+    assert next(iter(data["parameters"])) == "model.embed_tokens.weight"
     assert data["parameters"]["model.norm.weight"] == {"shape": [32]}
     assert set(data["versions"]) >= {"hf_ewc", "torch", "transformers"}
     assert "folder" not in data["base_model"]

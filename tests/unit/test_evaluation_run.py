@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import tiny
@@ -12,7 +13,10 @@ from hf_ewc import EvaluationConfig
 from hf_ewc.errors import ConfigError, DataError, EWCError
 from hf_ewc.evaluation import evaluate_model, question_prompt, questions, score_questions, score_texts
 
-MORE_QUESTIONS = [*tiny.QUESTIONS, {"question": " Is ice cold? ", "subject": "nature", "choices": ["no", "yes"], "answer": 1}]
+MORE_QUESTIONS: list[dict[str, Any]] = [
+    *tiny.QUESTIONS,
+    {"question": " Is ice cold? ", "subject": "nature", "choices": ["no", "yes"], "answer": 1},
+]
 
 
 @pytest.fixture
@@ -49,6 +53,14 @@ def test_accuracy_equals_a_loop_over_letters(model, tokenizer, files):
     assert 0 < sum(expected) < len(expected)  # else the test could not tell right from wrong
     for batch_size in (1, 8):
         assert score_questions(model, tokenizer, files["questions"]["facts"], batch_size=batch_size).correct == expected
+
+
+def test_every_question_is_read_behind_exactly_one_bos(model, tokenizer, files):
+    seen: list[list[int]] = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[0].tolist()))
+    score_questions(model, tokenizer, files["questions"]["facts"])
+    assert len(seen) == len(MORE_QUESTIONS)
+    assert all(row[0] == tokenizer.bos_token_id and row.count(tokenizer.bos_token_id) == 1 for row in seen)
 
 
 def test_metrics_hold_counts_errors_and_samples(model, tokenizer, files):

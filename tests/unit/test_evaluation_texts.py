@@ -52,7 +52,10 @@ def test_metrics_equal_their_definitions():
 
 
 @settings(max_examples=25, deadline=None)
-@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), min_size=1, max_size=5), batch=st.integers(1, 9))
+@given(
+    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), min_size=1, max_size=5),
+    batch=st.integers(1, 9),
+)
 def test_batch_size_and_order_never_change_the_scores(texts, batch):
     alone = [score_texts(MODEL, TOKENIZER, [text], window=6).nats[0] for text in texts]
     assert score_texts(MODEL, TOKENIZER, texts, window=6, batch_size=batch).nats == pytest.approx(alone, rel=1e-4, abs=1e-4)
@@ -94,7 +97,8 @@ def test_a_tokenizer_without_bos_opens_windows_with_eos():
 
 
 def test_bfloat16_models_are_normalised_in_float32():
-    model = tiny.make_model().to(torch.bfloat16)
+    model = tiny.make_model()
+    model.bfloat16()
     scores = score_texts(model, TOKENIZER, TEXTS, 9, batch_size=1)
     assert scores.nats == pytest.approx([brute_force(model, TOKENIZER, text, 9) for text in TEXTS], rel=2e-3)
 

@@ -114,6 +114,7 @@ def test_the_fingerprint_depends_on_ids_labels_and_order():
 
 def test_tokenised_rows_are_taken_as_they_are_without_their_padding():
     rows = [{"input_ids": [0, 0, 2, 50, 51], "labels": [-100, -100, 2, 50, 51], "attention_mask": [0, 0, 1, 1, 1]}]
+    rows[0]["position_ids"] = [0, 0, 0, 1, 2]  # what padding on the left looks like, not two documents
     found = probe(rows, tokenizer=None)
     assert found.examples == [Example([2, 50, 51], [-100, 50, 51])], "nothing precedes the first token, so it is never scored"
     assert (found.kind, found.dataset) == ("tokens", None)
@@ -198,7 +199,7 @@ def test_a_test_split_is_refused_however_it_comes(tmp_path):
     rows = Dataset.from_list(tiny.QUESTIONS, split="test")
     rows.save_to_disk(tmp_path / "saved")
     for source in ({"dataset_split": "test"}, {"dataset_split": "train+test[:10%]"}, {"dataset": str(tmp_path / "saved")}):
-        with pytest.raises(DataError, match="is a test split.*allow_test_split: true"):
+        with pytest.raises(DataError, match=r"is a test split.*allow_test_split: true"):
             probe(**source)
     with pytest.raises(DataError, match="is a test split"):
         probe(rows)

@@ -1,0 +1,33 @@
+# make demo   see it work, about two minutes        make demo ARGS="--lambdas 0 10 --steps 30"
+# make test   lint, types and all tests             make lint   ruff and mypy only        make clean
+#
+# The virtual environment is made by itself, and again when setup.cfg or constraints.txt changes. Without a GPU, spare yourself
+# the CUDA packages: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+demo: $(READY)
+	$(BIN)/hf-ewc demo $(ARGS)
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist hf_ewc.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find hf_ewc tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(READY): setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.PHONY: demo test lint clean

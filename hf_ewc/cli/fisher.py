@@ -1,0 +1,101 @@
+"""`hf-ewc fisher`: measure which weights carry what the model must keep."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HELP = """\
+Usage: hf-ewc fisher [--config FILE.yaml] [--key value …]
+
+Measure which weights carry what the model must keep: the diagonal Fisher information, from examples of that
+knowledge. The probe decides what is kept. One square per example, so the result does not depend on --batch_size.
+
+  what         --model ID|FOLDER  --output_dir FOLDER
+  the probe    --probe mmlu        questions; the letter of the right answer (columns question, choices, answer)
+               --probe completion  prompts and scored completions (columns prompt, completion)
+               --probe text        running text (--text_column text)
+               --dataset FILE|ID  --dataset_config  --dataset_split  --dataset_revision  --allow_test_split
+               --max_examples N  --max_length 512  --seed 0
+  the run      --dtype float32|bfloat16  --device  --batch_size 8  --max_dropped 0.01  --revision
+  the folder   --codec bfloat16|float32  --overwrite (replaces a Fisher there)
+               --resume (continues a killed run: its sums lie in OUTPUT_DIR.partial or in --work_dir, written
+               every --save_every 256 examples)
+
+All settings with their reasons: python -c "import hf_ewc; help(hf_ewc.FisherConfig)"
+
+Examples:
+  hf-ewc fisher --config recipes/tiny-cpu/fisher.yaml
+  hf-ewc fisher --model google/gemma-2-2b --probe mmlu --max_examples 2000 --output_dir gemma-2-2b-fisher-mmlu
+  hf-ewc fisher --model demo-out/base --probe text --dataset old.jsonl --output_dir runs/fisher-text
+"""
+
+SUMS = ("estimate.json", "sums-*", ".tmp-*")  # what `fisher/state.py` writes
+
+
+@dataclass
+class FisherScript:
+    """What `hf-ewc fisher` needs besides [`FisherConfig`]."""
+
+    model: str = field(metadata={"help": "Base model: a folder or an id on the Hub."})
+    output_dir: str = field(metadata={"help": "Where the Fisher goes."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace a Fisher that lies in output_dir."})
+
+
+def beside_output(given: dict[str, Any]) -> dict[str, Any]:
+    """The default of `work_dir`: an estimate is resumable without asking."""
+    return {"work_dir": f"{Path(given['output_dir'])}.partial"} if given.get("output_dir") else {}
+
+
+def run(argv: list[str]) -> int:
+    from ..config import FisherConfig
+    from ..fisher import estimate_fisher
+    from .options import parse
+    from .output import claim, refuse_same_folder
+
+    script, config = parse("fisher", argv, FisherScript, FisherConfig, defaults=beside_output)
+    out, partial = Path(script.output_dir), Path(config.work_dir)
+    refuse_same_folder(out, model=script.model)
+    if config.resume and (out / "fisher_config.json").is_file():
+        print(f"Nothing to resume: {out} holds a finished Fisher. To estimate it again, use `--overwrite`.")
+        return 0
+    # an old Fisher stays until the new one takes its place; only the sums of an interrupted run go at once
+    claim(out, ("fisher_config.json",), (), resume=config.resume, overwrite=script.overwrite)
+    claim(partial, SUMS, SUMS, resume=config.resume, overwrite=script.overwrite, setting="work_dir")
+
+    fisher = estimate_fisher(script.model, config)
+    fisher.save_pretrained(out, codec=config.codec, overwrite=script.overwrite)
+    if partial == Path(f"{out}.partial"):
+        claim(partial, SUMS, SUMS, resume=False, overwrite=True, setting="work_dir")
+        with suppress(OSError):  # something else lies in it
+            partial.rmdir()
+    print(summary(script.model, out))
+    return 0
+
+
+def summary(model: str, out: Path) -> str:
+    """What was measured, read from the files as they lie there, and what to type next."""
+    import pyarrow.parquet as pq
+
+    from ..artifact import FisherInformation
+
+    manifest = FisherInformation.from_pretrained(out).manifest
+    lines = []
+    for probe in manifest.probes:
+        dropped = f", {probe.dropped} dropped" if probe.dropped else ""
+        lines.append(f"{probe.kind}: {probe.examples} examples, {probe.scored_tokens} scored tokens{dropped}")
+    lines.append(
+        f"Trace {manifest.totals.trace:.4g} per token over {manifest.totals.num_parameters:,} parameters, most of it in:"
+    )
+    traces: dict[str, float] = {}
+    for row in pq.read_table(out / "summary" / "params.parquet", columns=["name", "layer", "trace"]).to_pylist():
+        part = row["name"] if row["layer"] is None else f"layer {row['layer']}"
+        traces[part] = traces.get(part, 0.0) + row["trace"]
+    total = sum(traces.values()) or 1.0
+    for part in sorted(traces, key=lambda name: -traces[name])[:5]:
+        lines.append(f"  {100 * traces[part] / total:5.1f} %  {part}")
+    lines.append(f"The Fisher is in {out}")
+    lines.append(f"Next: hf-ewc train --model {model} --fisher {out} --dataset NEW.jsonl --output_dir OUT")
+    return "\n".join(lines)

@@ -1,0 +1,9 @@
+"""Training runs and sweeps of them over λ: what `hf-ewc train`, `hf-ewc sweep` and the demo have in common."""
+
+from __future__ import annotations
+
+from .records import versions
+from .sweep import plan_runs, probe_overlaps, run_sweep
+from .training import check_fisher, train_model
+
+__all__ = ["check_fisher", "plan_runs", "probe_overlaps", "run_sweep", "train_model", "versions"]

@@ -1,0 +1,90 @@
+"""One training run: what `hf-ewc train` and every run of a sweep do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from datasets import Dataset, IterableDataset
+from transformers import set_seed
+
+from ..artifact import BaseModel, FisherInformation
+from ..callback import STATE_FILE
+from ..config import EWCConfig
+from ..trainer import EWCTrainer, last_complete_checkpoint
+from .records import read_json, refuse_changes
+
+Progress = Callable[[str], None]
+Rows: TypeAlias = Dataset | IterableDataset
+
+
+def check_fisher(model: str, args: EWCConfig) -> tuple[BaseModel, FisherInformation | None]:
+    """
+    Find the base model and see that the Fisher was measured on it: before any data is read and any weights are loaded.
+
+    Args:
+        model (`str`): id or folder of the base; its revision is `args.model_init_kwargs["revision"]`.
+        args ([`EWCConfig`]): names the Fisher, and perhaps another anchor.
+
+    Raises:
+        [`DataError`], [`FisherFormatError`], [`FisherMismatchError`]: with what is wrong.
+    """
+    settings: Any = args.model_init_kwargs or {}
+    base = BaseModel.resolve(model, settings.get("revision"))
+    if args.ewc_lambda == 0 or args.fisher is None:
+        return base, None
+    fisher = FisherInformation.from_pretrained(args.fisher, revision=args.fisher_revision)
+    fisher.check_base(base if args.anchor is None else BaseModel.resolve(args.anchor, args.anchor_revision))
+    return base, fisher
+
+
+def train_model(model: str, args: EWCConfig, train_dataset: Rows, *, resume: bool = False, progress: Progress = print) -> dict:
+    """
+    Train and save one model, from its last complete checkpoint if `resume` is set and there is one.
+
+    Args:
+        model (`str`): id or folder of the base.
+        args ([`EWCConfig`]): all settings; the model goes to `args.output_dir`.
+        train_dataset (`Dataset` or `IterableDataset`): what the model is to learn.
+
+    Returns:
+        `dict`: `steps`, `train_loss` (mean over the run), and the last logged `loss` and `ewc/*`.
+
+    Raises:
+        [`ConfigError`]: when the checkpoint was trained with another λ, mode, Fisher or anchor.
+    """
+    checkpoint = last_complete_checkpoint(args.output_dir or "") if resume else None
+    if resume:
+        progress(
+            f"resuming from {checkpoint.name}" if checkpoint else "no complete checkpoint yet: starting from the base model"
+        )
+    set_seed(args.seed)
+    trainer = EWCTrainer(model, args, train_dataset=train_dataset)
+    if checkpoint is not None:
+        _check_checkpoint(checkpoint, trainer)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_model()
+    history = trainer.state.log_history
+    last = next((entry for entry in reversed(history) if "loss" in entry), {})
+    log: dict[str, Any] = {"steps": trainer.state.global_step}
+    log |= {key: entry["train_loss"] for entry in history for key in ("train_loss",) if key in entry}
+    return log | {key: value for key, value in last.items() if key == "loss" or key.startswith("ewc/")}
+
+
+def _check_checkpoint(checkpoint: Path, trainer: EWCTrainer) -> None:
+    """A checkpoint's own Fisher and anchor must be those that go on pulling: a mixture of both would be neither."""
+    if trainer.ewc is not None and (checkpoint / STATE_FILE).is_file():
+        then = read_json(checkpoint / STATE_FILE)
+        title = f"'{checkpoint}' cannot be continued with other settings"
+        refuse_changes(_identity(then), _identity(trainer.ewc.controller.state()), title)
+
+
+def _identity(state: dict) -> dict[str, Any]:
+    fisher, anchor = state["fisher"] or {}, state["anchor"] or {}
+    return {
+        "ewc_lambda": state["ewc_lambda"],
+        "ewc_mode": state.get("ewc_mode"),
+        "fisher": fisher.get("sha256"),
+        "anchor": anchor.get("fingerprint"),
+    }
