@@ -1,4 +1,4 @@
-# make demo   see it work, about two minutes        make demo ARGS="--lambdas 0 10 --steps 30"
+# make demo   see it work, under three minutes        make demo ARGS="--lambdas 0 10 --steps 30"
 # make test   lint, types and all tests             make lint   ruff and mypy only        make clean
 #
 # The virtual environment is made by itself, and again when setup.cfg or constraints.txt changes. Without a GPU, spare yourself
@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 demo: $(READY)
-	$(BIN)/hf-ewc demo $(ARGS)
+	$(BIN)/hf-ewc demo --resume $(ARGS)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)

@@ -1,6 +1,7 @@
 """hf_ewc: continue to pretrain all the weights of a language model without losing what it knew.
 
-The heavy libraries (torch, transformers, trl) are imported on first use, so that `import hf_ewc` and `hf-ewc --help` answer at once.
+The heavy libraries (torch, transformers, trl) are imported on first use, so that `import hf_ewc` and `hf-ewc --help` answer at
+once.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from . import __version__
 from .artifact import BaseModel, FisherInformation
 from .config import penalty_problems, raise_problems, training_problems
 from .errors import ConfigError
-from .files import write_text_atomically
+from .files import write_atomically
 from .penalty import EWCController, Protected
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,8 @@ class EWCCallback(TrainerCallback):
     Where it acts, by `mode` (Trainer's order is backward → clip → `on_pre_optimizer_step` → step → `on_optimizer_step`):
 
     - `"proximal"` (default) and `"decoupled"`: one implicit step in `on_optimizer_step`; see [`EWCConfig`].
-    - `"loss"`: the penalty's gradient joins each parameter's gradient in a `post_accumulate_grad` hook of the last micro-batch of
-      an accumulation window, hence before clipping.
+    - `"loss"`: the penalty's gradient joins each parameter's gradient in a `post_accumulate_grad` hook of the last micro-batch
+      of an accumulation window, hence before clipping.
 
     [`EWCTrainer`] does the same with the checks made before the model is loaded; prefer it for supervised fine-tuning.
 
@@ -56,8 +56,8 @@ class EWCCallback(TrainerCallback):
     trainer.train()
     ```
 
-    `ewc/*` metrics appear in `state.log_history` and on the console. Reporters of `report_to` are called before a callback that was
-    passed by the user; `callback.attach(trainer)` puts it before them, so that they receive the metrics too.
+    `ewc/*` metrics appear in `state.log_history` and on the console. Reporters of `report_to` are called before a callback that
+    was passed by the user; `callback.attach(trainer)` puts it before them, so that they receive the metrics too.
     """
 
     def __init__(
@@ -101,7 +101,8 @@ class EWCCallback(TrainerCallback):
         distance = self.controller.measure()["ewc/anchor_distance"]
         if state.global_step == 0 and distance > 0:
             logger.warning(
-                "Training starts %.3g away from the anchor %s: the penalty pulls back to the anchor, not to the starting weights.",
+                "Training starts %.3g away from the anchor %s: the penalty pulls back to the anchor, not to the starting "
+                "weights.",
                 distance,
                 self.controller.base.id,
             )
@@ -113,7 +114,9 @@ class EWCCallback(TrainerCallback):
         self._measure = logs_after_this_step(args, state)
         self._acted.clear()
 
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.driven_by_trainer:
             return
         if self.controller.mode == "loss":
@@ -138,17 +141,20 @@ class EWCCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            write_state(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step, self.controller.state())
+            folder = output_folder(args) / f"checkpoint-{state.global_step}"
+            write_state(folder, state.global_step, self.controller.state())
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._remove_hooks()
-        if state.is_world_process_zero and Path(args.output_dir).is_dir():
-            write_state(Path(args.output_dir), state.global_step, self.controller.state())
+        if state.is_world_process_zero and output_folder(args).is_dir():
+            write_state(output_folder(args), state.global_step, self.controller.state())
 
     # -- the work ------------------------------------------------------------------------------------------------------------
 
     def gradients_ready(self) -> None:
-        """The task's gradient is complete and unclipped: measure on logging steps; in `loss` mode add the penalty's gradient."""
+        """
+        The task's gradient is complete and unclipped: measure on logging steps; in `loss` mode add the penalty's gradient.
+        """
         if self.controller.protected:
             if self._measure:
                 self._metrics = self.controller.measure()
@@ -157,7 +163,8 @@ class EWCCallback(TrainerCallback):
 
     def _hook(self, entry: Protected) -> Callable[[torch.Tensor], None]:
         def act(_: torch.Tensor) -> None:
-            # only after the last micro-batch of the accumulation window, and once even if a checkpointed layer accumulates twice
+            # only after the last micro-batch of the accumulation window, and once even if a checkpointed layer accumulates
+            # twice
             if GradientState().sync_gradients and entry.name not in self._acted:
                 self._acted.add(entry.name)
                 if self._measure:
@@ -190,17 +197,24 @@ def check_model(model: torch.nn.Module) -> None:
     quantised = any(getattr(model, flag, False) for flag in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized"))
     if quantised or getattr(model, "hf_quantizer", None) is not None:
         raise ConfigError(
-            "The model is quantised (k-bit): its base weights are frozen, so there is nothing for EWC to protect. Load it in float32 or "
-            "bfloat16, and save memory with `optim: paged_adamw_8bit` instead. Nothing was trained."
+            "The model is quantised (k-bit): its base weights are frozen, so there is nothing for EWC to protect. Load it in "
+            "float32 or bfloat16, and save memory with `optim: paged_adamw_8bit` instead. Nothing was trained."
         )
     if hasattr(model, "peft_config"):
         raise ConfigError(
-            "The model is a PEFT model: its base weights are frozen and cannot forget, so EWC has nothing to protect. Pass the base model "
-            "(`model.merge_and_unload()`) to train all its parameters, or train the adapter without EWC. Nothing was trained."
+            "The model is a PEFT model: its base weights are frozen and cannot forget, so EWC has nothing to protect. Pass "
+            "the base model (`model.merge_and_unload()`) to train all its parameters, or train the adapter without EWC. "
+            "Nothing was trained."
         )
+
+
+def output_folder(args: TrainingArguments) -> Path:
+    """The run's folder: `TrainingArguments` names one itself where `output_dir` was left out."""
+    assert args.output_dir is not None
+    return Path(args.output_dir)
 
 
 def write_state(folder: Path, step: int, state: dict[str, Any]) -> None:
     """Write `ewc_state.json`: λ, mode, and which Fisher and anchor a checkpoint was trained against."""
     content = {"schema": 1, "hf_ewc": __version__, "global_step": step, **state}
-    write_text_atomically(folder / STATE_FILE, json.dumps(content, indent=2) + "\n")
+    write_atomically(folder / STATE_FILE, json.dumps(content, indent=2) + "\n")

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
 from .errors import ConfigError
@@ -44,7 +45,8 @@ class FisherConfig:
     r"""
     How to estimate the diagonal Fisher information of a causal language model,
 
-    $$F_i = \frac{1}{T} \sum_n \Big( \sum_{t \in \text{scored}(n)} \partial \log p(y_{nt} \mid x_n) / \partial \theta_i \Big)^2,$$
+    $$F_i = \frac{1}{T} \sum_n
+    \Big( \sum_{t \in \text{scored}(n)} \partial \log p(y_{nt} \mid x_n) / \partial \theta_i \Big)^2,$$
 
     with one square *per example* n (never per batch) and T the number of scored tokens of all examples, so that
     ½ Σᵢ Fᵢ (θᵢ − θ*ᵢ)² reads as nats of KL from the base per probe token.
@@ -62,8 +64,8 @@ class FisherConfig:
         dataset_config (`str`, *optional*):
             Name of the dataset's configuration on the Hub (`all` for `cais/mmlu`).
         dataset_split (`str`, *optional*):
-            Split to read. Defaults to `auxiliary_train` for `cais/mmlu` and `train` otherwise: a Fisher from the test split of a
-            benchmark that is then reported would flatter the result.
+            Split to read. Defaults to `auxiliary_train` for `cais/mmlu` and `train` otherwise: a Fisher from the test split of
+            a benchmark that is then reported would flatter the result.
         dataset_revision (`str`, *optional*):
             Branch, tag or commit of the dataset.
         allow_test_split (`bool`, *optional*, defaults to `False`):
@@ -241,8 +243,8 @@ class EWCConfig(SFTConfig):
             `loss`, stable for every λ, and clipping never sees the penalty. `"decoupled"`: the implicit step in the identity
             metric, for any optimizer (relates to `loss` as AdamW to L2).
         anchor (`str`, *optional*):
-            Model id or folder of θ*. Defaults to the base model that is being trained. It is read from its files, never from the
-            weights in memory, so that resuming does not move it.
+            Model id or folder of θ*. Defaults to the base model that is being trained. It is read from its files, never from
+            the weights in memory, so that resuming does not move it.
         anchor_revision (`str`, *optional*):
             Branch, tag or commit of the anchor.
         ewc_missing (`str`, *optional*, defaults to `"error"`):
@@ -255,14 +257,14 @@ class EWCConfig(SFTConfig):
             bitsandbytes' 8-bit Adam with paged state; on a CPU the same without paging.
         weight_decay (`float`, *optional*, defaults to `0.0`):
             Weight decay pulls to 0 while EWC pulls to the anchor: keep it 0 unless you mean it.
+        bf16 (`bool`, *optional*):
+            Mixed precision; where it is not set, on if the accelerator has it (TRL turns it on everywhere).
     """
 
     ewc_lambda: float = field(default=1.0, metadata={"help": "Strength λ of the penalty; 0 is plain SFT."})
     fisher: str | None = field(default=None, metadata={"help": "Folder or Hub dataset repo of the Fisher."})
     fisher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the Fisher."})
-    ewc_mode: str = field(
-        default="proximal", metadata={"help": "Where the penalty acts.", "choices": list(MODES)}
-    )
+    ewc_mode: str = field(default="proximal", metadata={"help": "Where the penalty acts.", "choices": list(MODES)})
     anchor: str | None = field(default=None, metadata={"help": "Model id or folder of θ*; default: the base model."})
     anchor_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the anchor."})
     ewc_missing: str = field(
@@ -271,6 +273,12 @@ class EWCConfig(SFTConfig):
     )
     optim: str = field(default="paged_adamw_8bit", metadata={"help": "Optimizer; 8-bit paged Adam by default."})
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay; it pulls to 0, EWC to the anchor."})
+
+    def __post_init__(self) -> None:
+        # TRL turns bf16 on wherever it is not mentioned, and then fails on machines that cannot do it
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = not self.use_cpu and is_torch_bf16_gpu_available()
+        super().__post_init__()
 
     def problems(self) -> list[str]:
         found = penalty_problems(self.ewc_lambda, self.ewc_mode, self.ewc_missing)

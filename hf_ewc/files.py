@@ -7,14 +7,14 @@ import secrets
 from pathlib import Path
 
 
-def write_text_atomically(path: str | Path, text: str) -> Path:
-    """Write UTF-8 `text` beside `path`, flush it to the disk, and rename it into place; the folder is made when it is missing."""
+def write_atomically(path: str | Path, content: str | bytes) -> Path:
+    """Write (text as UTF-8) beside `path`, flush it to the disk, and rename it into place; a missing folder is made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
     try:
-        with open(fresh, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(fresh, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(fresh, path)

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -13,7 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
-from .callback import EWCCallback, check_model, write_state
+from .callback import EWCCallback, check_model, output_folder, write_state
 from .config import EWCConfig
 from .errors import ConfigError, DataError
 
@@ -22,9 +23,10 @@ logger = logging.getLogger(__name__)
 
 class EWCTrainer(SFTTrainer):
     """
-    [`~trl.SFTTrainer`] with Elastic Weight Consolidation. The whole difference from the parent: the Fisher and the anchor are loaded and
-    checked before the model is, an [`EWCCallback`] acts on the weights, `training_step` tells it when the gradient is complete, and
-    `ewc_state.json` is saved beside the weights. The loss is untouched; with `ewc_lambda=0` training is bitwise `SFTTrainer`.
+    [`~trl.SFTTrainer`] with Elastic Weight Consolidation. The whole difference from the parent: the Fisher and the anchor are
+    loaded and checked before the model is, an [`EWCCallback`] acts on the weights, `training_step` tells it when the gradient
+    is complete, and `ewc_state.json` is saved beside the weights. The loss is untouched; with `ewc_lambda=0` training is
+    bitwise `SFTTrainer`.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]): base model id, folder, or model that was loaded from one.
@@ -46,7 +48,7 @@ class EWCTrainer(SFTTrainer):
     ```
     """
 
-    _tag_names = ("trl", "sft", "ewc", "continual-learning")
+    _tag_names = ["trl", "sft", "ewc", "continual-learning"]  # noqa: RUF012 (a list, as the parent's is)
 
     def __init__(
         self,
@@ -62,23 +64,24 @@ class EWCTrainer(SFTTrainer):
         args.check()
         if kwargs.get("peft_config") is not None or kwargs.get("quantization_config") is not None:
             raise ConfigError(
-                "`peft_config` and `quantization_config` freeze the base weights, which then cannot forget: EWC has nothing to protect. "
-                "Remove them to train all parameters, or use `SFTTrainer` for an adapter. Nothing was trained."
+                "`peft_config` and `quantization_config` freeze the base weights, which then cannot forget: EWC has nothing to "
+                "protect. Remove them to train all parameters, or use `SFTTrainer` for an adapter. Nothing was trained."
             )
         _check_rows(train_dataset, args, "train_dataset")
         self.ewc = _make_callback(model, args)
         if isinstance(model, str):
             if self.ewc is not None and args.anchor is None and self.ewc.controller.base.revision is not None:
                 # the very commit that the anchor is read from, even if `main` moves meanwhile
-                args.model_init_kwargs = {**(args.model_init_kwargs or {}), "revision": self.ewc.controller.base.revision}
+                args.model_init_kwargs = {**_init_kwargs(args), "revision": self.ewc.controller.base.revision}
         else:
             check_model(model)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        trained: Any = self.model  # for the type checker, any `Module` or none
+        context = getattr(trained.config.get_text_config(), "max_position_embeddings", None)
         if context is not None and args.max_length is not None and args.max_length > context:
             raise ConfigError(
-                f"`max_length: {args.max_length}` exceeds the context of the model, {context} tokens. Lower `max_length` (long texts are "
-                "split, not lost, with `packing: true` and `packing_strategy: bfd_split`). Nothing was trained."
+                f"`max_length: {args.max_length}` exceeds the context of the model, {context} tokens. Lower `max_length` (long "
+                "texts are split, not lost, with `packing: true` and `packing_strategy: bfd_split`). Nothing was trained."
             )
         _warn_of_lost_text(self.train_dataset, args)
         if self.ewc is not None:
@@ -96,7 +99,8 @@ class EWCTrainer(SFTTrainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             state = self.ewc.controller.state() if self.ewc is not None else {"ewc_lambda": 0.0, "fisher": None, "anchor": None}
-            write_state(Path(output_dir or self.args.output_dir), self.state.global_step, state)
+            folder = Path(output_dir) if output_dir else output_folder(self.args)
+            write_state(folder, self.state.global_step, state)
 
 
 def _make_callback(model: str | PreTrainedModel, args: EWCConfig) -> EWCCallback | None:
@@ -106,18 +110,26 @@ def _make_callback(model: str | PreTrainedModel, args: EWCConfig) -> EWCCallback
     model_id = model if isinstance(model, str) else model.config._name_or_path
     if args.anchor is None and not model_id:
         raise ConfigError(
-            "The model was built in memory and names no files to read the anchor θ* from. Save it (`model.save_pretrained(folder)`) and "
-            "pass the folder as `model`, or name the base model as `anchor`."
+            "The model was built in memory and names no files to read the anchor θ* from. Save it "
+            "(`model.save_pretrained(folder)`) and pass the folder as `model`, or name the base model as `anchor`."
         )
+    assert args.fisher is not None  # `args.check()` saw to it
     return EWCCallback(
         args.fisher,
         args.ewc_lambda,
         args.ewc_mode,
         anchor=args.anchor or model_id,
-        anchor_revision=args.anchor_revision or ((args.model_init_kwargs or {}).get("revision") if args.anchor is None else None),
+        anchor_revision=args.anchor_revision or (_init_kwargs(args).get("revision") if args.anchor is None else None),
         fisher_revision=args.fisher_revision,
         missing=args.ewc_missing,
     )
+
+
+def _init_kwargs(args: EWCConfig) -> dict[str, Any]:
+    """`model_init_kwargs`; `TrainingArguments` has parsed the JSON text that a command line gives."""
+    kwargs = args.model_init_kwargs or {}
+    assert isinstance(kwargs, dict), "`model_init_kwargs` must be a dict or a JSON object"
+    return kwargs
 
 
 def _check_rows(dataset: Any, args: EWCConfig, name: str) -> None:
@@ -130,8 +142,8 @@ def _check_rows(dataset: Any, args: EWCConfig, name: str) -> None:
     known = (args.dataset_text_field, "messages", "prompt", "input_ids", "conversations")
     if not any(column in row for column in known):
         raise DataError(
-            f"`{name}` has no column `{args.dataset_text_field}`; its columns are {', '.join(row)}. Name the one that holds the text in "
-            "`dataset_text_field`. Nothing was trained."
+            f"`{name}` has no column `{args.dataset_text_field}`; its columns are {', '.join(row)}. Name the one that holds "
+            "the text in `dataset_text_field`. Nothing was trained."
         )
 
 
@@ -140,11 +152,12 @@ def _warn_of_lost_text(dataset: Any, args: EWCConfig) -> None:
     if args.packing and args.packing_strategy == "bfd":
         logger.warning("`packing_strategy: bfd` drops the part of each text beyond `max_length`; `bfd_split` keeps it.")
     elif not args.packing and isinstance(dataset, Dataset) and args.max_length and "input_ids" in dataset.column_names:
-        full = sum(len(ids) >= args.max_length for ids in dataset["input_ids"])
+        lengths = pc.list_value_length(dataset.data.column("input_ids"))  # in Arrow: a corpus has millions of rows
+        full = pc.sum(pc.greater_equal(lengths, args.max_length)).as_py() or 0
         if full:
             logger.warning(
-                "%d of %d training texts reach `max_length: %d` and were cut there. To train on all of the text, set `packing: true` and "
-                "`packing_strategy: bfd_split`.",
+                "%d of %d training texts reach `max_length: %d` and were cut there. To train on all of the text, set "
+                "`packing: true` and `packing_strategy: bfd_split`.",
                 full,
                 len(dataset),
                 args.max_length,
@@ -153,8 +166,8 @@ def _warn_of_lost_text(dataset: Any, args: EWCConfig) -> None:
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
     """
-    The newest checkpoint that was written to its end, or `None`. `trainer_state.json` is written last, so a folder without it was
-    being written when the job was killed; `transformers.trainer_utils.get_last_checkpoint` would choose it and fail.
+    The newest checkpoint that was written to its end, or `None`. `trainer_state.json` is written last, so a folder without it
+    was being written when the job was killed; `transformers.trainer_utils.get_last_checkpoint` would choose it and fail.
     """
     folders = [p for p in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (p / TRAINER_STATE_NAME).is_file()]
     return max(folders, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)

@@ -6,8 +6,8 @@ for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "H
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest
-import tiny
+import pytest  # noqa: E402  (huggingface_hub reads the variables when it is imported, so they are set first)
+import tiny  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,9 @@ def settings(output_dir: Path, **overrides: Any) -> dict[str, Any]:
     }
 
 
-def ewc_trainer(base: Path, output_dir: Path, *, rows: Dataset | None = None, model: Any = None, **overrides: Any) -> EWCTrainer:
+def ewc_trainer(
+    base: Path, output_dir: Path, *, rows: Dataset | None = None, model: Any = None, **overrides: Any
+) -> EWCTrainer:
     """An [`EWCTrainer`] of the tiny base on `rows`; nothing has been trained yet."""
     return EWCTrainer(
         str(base) if model is None else model,

@@ -1,4 +1,4 @@
-"""`hf-ewc demo`: the whole way in about two minutes, on a small model, without account or network."""
+"""`hf-ewc demo`: the whole way in under three minutes, on a small model, without account or network."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ HELP = """\
 Usage: hf-ewc demo [--key value …]
 
 Pretrain a small model on a little English world, measure which weights carry it, teach the model Lithuanian with
-several λ, and show what was kept and what was learned. Two CPU cores, about two minutes, no account, no network.
+several λ, and show what was kept and what was learned. Two CPU cores, under three minutes, no account, no network.
 
   output     --output_dir demo-out  --resume  --overwrite
   size       --size tiny|small|medium  --pretrain_steps N  --steps N (of each run)  --seed 0

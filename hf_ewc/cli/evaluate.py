@@ -57,7 +57,7 @@ def run(argv: list[str]) -> int:
 
     from ..evaluation import evaluate_model, metrics_text, save_results, table_text
     from ..experiment import versions
-    from ..files import write_text_atomically
+    from ..files import write_atomically
 
     for line in overlaps(script.model, config):
         print(f"warning: {line}", file=sys.stderr)
@@ -82,7 +82,7 @@ def run(argv: list[str]) -> int:
         for model in script.model:
             print(f"{model}\n{metrics_text(metrics[model])}")
         if script.output:
-            write_text_atomically(script.output, json.dumps({"models": metrics, "versions": versions()}, indent=1) + "\n")
+            write_atomically(script.output, json.dumps({"models": metrics, "versions": versions()}, indent=1) + "\n")
     if script.output:
         print(f"Written to {script.output}")
     return 0

@@ -18,7 +18,7 @@ from .. import __version__
 from ..errors import EWCError
 
 COMMANDS = {
-    "demo": "see it work in about two minutes, on this machine, without network",
+    "demo": "see it work in under three minutes, on this machine, without network",
     "fisher": "measure which weights carry what the model must keep",
     "train": "teach the model something new while those weights hold",
     "evaluate": "what was learned, what was forgotten",

@@ -88,22 +88,15 @@ class TrainScript:
 
 def parse_training(command: str, argv: list[str], script: type[TrainScript]) -> tuple[Any, EWCConfig]:
     """(script, [`EWCConfig`]) from file and flags; shared with `hf-ewc sweep`."""
-    from transformers.utils import is_torch_bf16_gpu_available
-
     from ..config import EWCConfig, raise_problems
     from .options import parse
 
-    # TRL turns bf16 on wherever it is not mentioned, and fails on machines that cannot do it
-    parsed, args = parse(
-        command, argv, script, EWCConfig, required=("output_dir",), defaults=lambda _: {"bf16": is_torch_bf16_gpu_available()}
-    )
+    parsed, args = parse(command, argv, script, EWCConfig, required=("output_dir",))
     found = []
     if parsed.streaming and args.max_steps <= 0:
         found.append("`streaming: true` needs `max_steps`: a stream has no length to count epochs in.")
     if args.eval_strategy != "no":
-        found.append(
-            "`eval_strategy` needs a second dataset, which is not loaded here; use `hf-ewc evaluate` afterwards."
-        )
+        found.append("`eval_strategy` needs a second dataset, which is not loaded here; use `hf-ewc evaluate` afterwards.")
     raise_problems("these settings cannot run; nothing was started", found)
     return parsed, parsed.into(args)
 

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast, PrinterCallback, set_seed
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    set_seed,
+)
 
 from ..config import EWCConfig
 from ..trainer import EWCTrainer
@@ -36,7 +43,9 @@ def train_tokenizer(world: World, vocab_size: int) -> PreTrainedTokenizerFast:
     )
     asked = [prompt(row) + answer(row) for row in world.questions]
     core.train_from_iterator([*world.english, *world.lithuanian, *asked], trainer)
-    core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", core.token_to_id("<bos>"))])
+    core.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", core.token_to_id("<bos>"))]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<pad>",
@@ -47,28 +56,27 @@ def train_tokenizer(world: World, vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def new_model(size: str, tokenizer: PreTrainedTokenizerFast) -> Gemma2ForCausalLM:
+def new_model(size: str, tokenizer: PreTrainedTokenizerBase) -> Gemma2ForCausalLM:
     """A randomly initialised Gemma-2: tied embedding, grouped-query attention, soft-capping, sliding windows."""
     shape = SIZES[size]
     head = shape["hidden_size"] // 4
-    return Gemma2ForCausalLM(
-        Gemma2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=shape["hidden_size"],
-            intermediate_size=3 * shape["hidden_size"],
-            num_hidden_layers=shape["num_hidden_layers"],
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=head,
-            query_pre_attn_scalar=head,
-            max_position_embeddings=2 * CONTEXT,
-            sliding_window=CONTEXT,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            attn_implementation="eager",
-        )
+    settings: dict[str, Any] = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=shape["hidden_size"],
+        intermediate_size=3 * shape["hidden_size"],
+        num_hidden_layers=shape["num_hidden_layers"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=head,
+        query_pre_attn_scalar=head,
+        max_position_embeddings=2 * CONTEXT,
+        sliding_window=CONTEXT,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        attn_implementation="eager",
     )
+    return Gemma2ForCausalLM(Gemma2Config(**settings))
 
 
 def common_arguments(seed: int) -> dict[str, Any]:
@@ -91,13 +99,13 @@ def common_arguments(seed: int) -> dict[str, Any]:
     )
 
 
-def pretrain(world: World, tokenizer: PreTrainedTokenizerFast, size: str, steps: int, seed: int, folder: Path) -> None:
+def pretrain(world: World, tokenizer: PreTrainedTokenizerBase, size: str, steps: int, seed: int, folder: Path) -> None:
     """
     Make the base model in two stages, as real ones are made, and save it to `folder`, whole or not at all.
 
-    Two fifths of the steps read English text and the questions with their answers, every token scored. The rest alternate two batches
-    of questions, of which only the answer's letter is scored, with one of text. Batches alternate because a letter is one token
-    among a hundred: in a mixed batch its gradient would drown.
+    Two fifths of the steps read English text and the questions with their answers, every token scored. The rest alternate two
+    batches of questions, of which only the answer's letter is scored, with one of text. Batches alternate because a letter is
+    one token among a hundred: in a mixed batch its gradient would drown.
     """
     set_seed(seed)
     reading = steps * 2 // 5

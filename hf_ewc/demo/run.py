@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from dataclasses import asdict, dataclass, field
+import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,17 @@ from ..config import MODES, EvaluationConfig, EWCConfig, FisherConfig, raise_pro
 from ..errors import ConfigError
 from ..evaluation import table_text
 from ..experiment import plan_runs, run_sweep
-from ..files import write_text_atomically
+from ..files import write_atomically
 from ..fisher import estimate_fisher
 from .base import CONTEXT, SIZES, common_arguments, pretrain, train_tokenizer
-from .world import World, fitting, make_world, text_rows
+from .world import fitting, make_world, text_rows
 
-DEFAULT_RUNS = {"proximal": (1.0, 10.0, 100.0), "loss": (1.0, 10.0), "decoupled": (1e4,)}
+DEFAULT_RUNS = {"proximal": (10.0, 100.0, 1000.0), "loss": (10.0, 100.0), "decoupled": (1e5,)}
 """λ per mode. `decoupled` lacks Adam's 1/√v̂, so its λ lives on another scale."""
+
+
+RECIPE = "base.json"
+"""What the base was made of, written when it is whole."""
 
 
 @dataclass
@@ -35,8 +41,8 @@ class DemoConfig:
     Args:
         output_dir (`str`): folder of everything that is made.
         data_en, data_lt, questions (`str`, *optional*):
-            Own files instead of the shipped world: `.jsonl` with `text` (what is to be kept; what is to be learned), and questions in
-            MMLU's form (`question`, `choices`, `answer`).
+            Own files instead of the shipped world: `.jsonl` with `text` (what is to be kept; what is to be learned), and
+            questions in MMLU's form (`question`, `choices`, `answer`).
         size (`str`): `tiny` (0.2 M parameters), `small` (1 M) or `medium` (5 M).
         pretrain_steps (`int`): optimizer steps that make the base model.
         steps (`int`): optimizer steps of each run on the new text.
@@ -90,10 +96,23 @@ def run_demo(config: DemoConfig | None = None) -> dict[str, Any]:
     _quiet()
     say = _Clock()
     folder = Path(config.output_dir)
-    world = make_world(config.data_en, config.data_lt, config.questions, folder / "data", config.seed)
-    base = _make_base(config, world, folder, say)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    fisher = _make_fisher(config, world, base, folder / "fisher", say)
+    base = folder / "base"
+    world = make_world(config.data_en, config.data_lt, config.questions, config.seed)
+    there = _is_there(base, config)
+    tokenizer = AutoTokenizer.from_pretrained(base) if there else train_tokenizer(world, SIZES[config.size]["vocab_size"])
+    asked = len(world.questions)
+    world.questions = fitting(world.questions, tokenizer, 2 * CONTEXT)
+    if len(world.questions) < asked:
+        say(f"{asked - len(world.questions)} of {asked} questions exceed {2 * CONTEXT} tokens and are left out")
+    files = world.write(folder / "data")
+    if there:
+        say("the base model is there already")
+    else:
+        count = f"{len(world.english)} English documents and {len(world.questions)} questions"
+        say(f"pretraining a {config.size} Gemma-2 on {count}")
+        pretrain(world, tokenizer, config.size, config.pretrain_steps, config.seed, base)
+        write_atomically(folder / RECIPE, _recipe(config))
+    fisher = _make_fisher(config, files, base, folder / "fisher", say)
 
     def make_args(mode: str, ewc_lambda: float, out: Path) -> EWCConfig:
         return EWCConfig(
@@ -103,7 +122,7 @@ def run_demo(config: DemoConfig | None = None) -> dict[str, Any]:
             fisher=str(fisher),
             learning_rate=2e-3,
             max_steps=config.steps,
-            **{**common_arguments(config.seed), "per_device_train_batch_size": 8},
+            **{**common_arguments(config.seed), "per_device_train_batch_size": 8, "logging_steps": 30},
         )
 
     results = run_sweep(
@@ -112,8 +131,8 @@ def run_demo(config: DemoConfig | None = None) -> dict[str, Any]:
         make_args=make_args,
         train_dataset=Dataset.from_list(text_rows(world.lithuanian, tokenizer, CONTEXT)),
         evaluation=EvaluationConfig(
-            texts={name: str(world.files[name]) for name in ("english", "lithuanian")},
-            questions={"questions": str(world.files["questions"])},
+            texts={name: str(files[name]) for name in ("english", "lithuanian")},
+            questions={"facts": str(files["questions"])},
             window=CONTEXT,
             batch_size=32,
             device="cpu",
@@ -121,7 +140,10 @@ def run_demo(config: DemoConfig | None = None) -> dict[str, Any]:
         output_dir=folder,
         old="english",
         new="lithuanian",
-        settings={"data": "the project's own little world" if config.data_en is None else Path(config.data_en).name, "size": config.size},
+        settings={
+            "data": "the project's own little world" if config.data_en is None else Path(config.data_en).name,
+            "size": config.size,
+        },
         progress=say,
     )
     print("\n" + table_text(results))
@@ -129,37 +151,38 @@ def run_demo(config: DemoConfig | None = None) -> dict[str, Any]:
     return results
 
 
-def _make_base(config: DemoConfig, world: World, folder: Path, say: _Clock) -> Path:
-    base, recipe = folder / "base", folder / "base.json"
-    made_of = repr({key: value for key, value in asdict(config).items() if key in ("data_en", "data_lt", "questions", "size", "pretrain_steps", "seed")})
-    if base.is_dir() and recipe.is_file():
-        if recipe.read_text(encoding="utf-8") != made_of:
-            raise ConfigError(f"'{base}' was made with other settings than the present ones. Add `--overwrite`, or name another folder.")
-        say("the base model is there already")
-        return base
-    tokenizer = train_tokenizer(world, SIZES[config.size]["vocab_size"])
-    kept = fitting(world.questions, tokenizer, 2 * CONTEXT)
-    if len(kept) < len(world.questions):
-        say(f"{len(world.questions) - len(kept)} of {len(world.questions)} questions exceed {2 * CONTEXT} tokens and are left out")
-        world.questions = kept
-    say(f"pretraining a {config.size} Gemma-2 on {len(world.english)} English documents and {len(world.questions)} questions")
-    pretrain(world, tokenizer, config.size, config.pretrain_steps, config.seed, base)
-    write_text_atomically(recipe, made_of)
-    return base
+def _recipe(config: DemoConfig) -> str:
+    made_of = ("data_en", "data_lt", "questions", "size", "pretrain_steps", "seed")
+    return json.dumps({name: getattr(config, name) for name in made_of}, indent=1) + "\n"
 
 
-def _make_fisher(config: DemoConfig, world: World, base: Path, folder: Path, say: _Clock) -> Path:
+def _is_there(base: Path, config: DemoConfig) -> bool:
+    """Whether an earlier demo finished this base; [`ConfigError`] if it was made with other settings."""
+    recipe = base.with_name(RECIPE)
+    if not (base.is_dir() and recipe.is_file()):
+        return False
+    if recipe.read_text(encoding="utf-8") != _recipe(config):
+        raise ConfigError(
+            f"'{base}' was made with other settings than the present ones:\n{recipe.read_text(encoding='utf-8')}"
+            "Repeat those, add `--overwrite`, or name another `--output_dir`."
+        )
+    return True
+
+
+def _make_fisher(config: DemoConfig, files: dict[str, Path], base: Path, folder: Path, say: _Clock) -> Path:
     if folder.is_dir():
         say("the Fisher is there already")
         return folder
     say("measuring which weights carry the English: Fisher from half of the questions and from text")
     shared: dict[str, Any] = dict(device="cpu", seed=config.seed)
     asked = estimate_fisher(
-        base, FisherConfig(probe="mmlu", dataset=str(world.files["questions_probe"]), max_length=2 * CONTEXT, **shared), progress=False
+        base,
+        FisherConfig(probe="mmlu", dataset=str(files["questions_probe"]), max_length=2 * CONTEXT, **shared),
+        progress=False,
     )
     text = estimate_fisher(
         base,
-        FisherConfig(probe="text", dataset=str(world.files["english_probe"]), max_length=CONTEXT, max_examples=200, **shared),
+        FisherConfig(probe="text", dataset=str(files["english_probe"]), max_length=CONTEXT, max_examples=200, **shared),
         progress=False,
     )
     return FisherInformation.mix([asked, text]).save_pretrained(folder)
@@ -180,4 +203,5 @@ def _quiet() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("hf_ewc").setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a missing extra kernel for 4-bit weights
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data import check_question, check_text, load_rows
 from ..errors import DataError
-from ..files import write_text_atomically
+from ..files import write_atomically
 from ..fisher import render_answer, render_question
 
 DATA = Path(__file__).parent / "data"
@@ -28,21 +28,33 @@ MOST_BYTES = 4_000_000  # of a user's own text; the demo's few hundred steps wou
 
 @dataclass
 class World:
-    """Splits of the demo's text and questions, and the files (in the output folder) that evaluation and probes read."""
+    """
+    The demo's text and questions, split.
+
+    The held-out tenth of each language (at most 24 kB) is never trained on. Of the questions, the base studies all, as a real
+    base has read what its benchmarks ask; the Fisher probes one half, and accuracy is measured on the *other* half.
+    """
 
     english: list[str]
     lithuanian: list[str]
+    held_out: dict[str, list[str]]
     questions: list[dict[str, Any]]
-    files: dict[str, Path]
+
+    def write(self, folder: Path) -> dict[str, Path]:
+        """Write what probes, training and evaluation read, as `.jsonl`; name → file."""
+        parts = {
+            **{name: [{"text": text} for text in texts] for name, texts in self.held_out.items()},
+            "english_probe": [{"text": text} for text in self.english],
+            "lithuanian_train": [{"text": text} for text in self.lithuanian],
+            "questions_probe": self.questions[::2],
+            "questions": self.questions[1::2],
+        }
+        lines = {name: (json.dumps(row, ensure_ascii=False) + "\n" for row in rows) for name, rows in parts.items()}
+        return {name: write_atomically(folder / f"{name}.jsonl", "".join(rows)) for name, rows in lines.items()}
 
 
-def make_world(english: str | None, lithuanian: str | None, questions: str | None, folder: Path, seed: int) -> World:
-    """
-    Load, shuffle, split and write down the demo's data.
-
-    The held-out tenth of each language (at most 24 kB) is never trained on. Of the questions, the base studies all, as a real base
-    has read what its benchmarks ask; one half is the Fisher's probe, and the *other* half is what the accuracy is measured on.
-    """
+def make_world(english: str | None, lithuanian: str | None, questions: str | None, seed: int) -> World:
+    """Load, check, shuffle and split the demo's data, or the user's (`None`: the shipped one)."""
     rng = random.Random(seed)
     kept = {}
     for name, source in (("english", english), ("lithuanian", lithuanian)):
@@ -53,23 +65,15 @@ def make_world(english: str | None, lithuanian: str | None, questions: str | Non
     held_out = {name: _up_to(texts, min(HELD_OUT_BYTES, _bytes(texts) // 10)) for name, texts in kept.items()}
     for name, texts in held_out.items():
         if len(kept[name]) < 2:
-            raise DataError(f"the {name} file holds one document, so none can be held out to measure on. Split it into several.")
+            raise DataError(
+                f"the {name} file holds one document, so none can be held out to measure on. Split it into several."
+            )
         kept[name] = kept[name][len(texts) :]
     asked = [dict(row) for row in load_rows(questions or DATA / "questions.jsonl", columns=("question", "choices", "answer"))]
     for number, row in enumerate(asked, 1):
         check_question(row, number)
-    if len(asked) < 4:
-        raise DataError(f"the questions file holds {len(asked)} questions; at least 4 are needed for a probe and a measurement.")
     rng.shuffle(asked)
-    parts = {
-        "english": [{"text": text} for text in held_out["english"]],
-        "lithuanian": [{"text": text} for text in held_out["lithuanian"]],
-        "english_probe": [{"text": text} for text in kept["english"]],
-        "questions_probe": asked[::2],
-        "questions": asked[1::2],
-    }
-    files = {name: _write(folder / f"{name}.jsonl", rows) for name, rows in parts.items()}
-    return World(kept["english"], kept["lithuanian"], asked, files)
+    return World(kept["english"], kept["lithuanian"], held_out, asked)
 
 
 def prompt(row: dict[str, Any]) -> str:
@@ -84,7 +88,13 @@ def answer(row: dict[str, Any]) -> str:
 
 def fitting(questions: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, context: int) -> list[dict[str, Any]]:
     """The questions of which prompt and answer fit into the model's context; none is cut, since a cut one has no answer."""
-    return [row for row in questions if len(tokenizer(prompt(row) + answer(row))["input_ids"]) <= context]
+    kept = [row for row in questions if len(tokenizer(prompt(row) + answer(row))["input_ids"]) <= context]
+    if len(kept) < 4:
+        raise DataError(
+            f"{len(kept)} of {len(questions)} questions fit into {context} tokens; at least 4 are needed, half for the "
+            "Fisher's probe and half to measure on. Give more questions, or shorter ones."
+        )
+    return kept
 
 
 def text_rows(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[str, list[int]]]:
@@ -137,7 +147,3 @@ def _up_to(texts: list[str], limit: int) -> list[str]:
         total += len(texts[count].encode())
         count += 1
     return texts[:count]
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    return write_text_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

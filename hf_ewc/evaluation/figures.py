@@ -15,8 +15,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
+from ..files import write_atomically
 from .labels import place_labels
-from .results import Row, domain_titles, fronts, rows, write_atomically
+from .results import Row, domain_titles, fronts, rows
 
 # Okabe and Ito's colours: told apart by all common kinds of colour vision; the markers tell them apart in print.
 STYLES = {"proximal": ("#0072B2", "o"), "loss": ("#D55E00", "s"), "decoupled": ("#009E73", "^")}
@@ -87,9 +88,9 @@ def _draw_retention(axes: Axes, base: Row, lines: dict[str, list[Row]], styles: 
         colour, marker = styles[mode]
         axes.plot(*_xy(line), marker=marker, color=colour, ms=8, lw=1.8, zorder=2)
         axes.plot(*_xy([row for row in line if row.ewc_lambda == 0]), **PLAIN, zorder=3)
-    if _points([base]):
-        axes.axhline(_xy([base])[1, 0], color=BASE_COLOUR, lw=0.8, ls=DASHES, zorder=1)
-        axes.plot(*_xy([base]), "*", ms=15, color=BASE_COLOUR, zorder=3)
+    for x, y, _ in _base_point(base, lines):
+        axes.axhline(y, color=BASE_COLOUR, lw=0.8, ls=DASHES, zorder=1)
+        axes.plot(x, y, "*", ms=15, color=BASE_COLOUR, zorder=3)
     axes.margins(0.12)
     _dress(axes, f"What is kept of {old}, what is learned of {new}")
     axes.set_xlabel(f"{new}: bits per byte   (← learned more)", fontsize=FONT_SIZE)
@@ -153,6 +154,20 @@ def _xy(line: list[Row]) -> NDArray[np.float64]:
     return np.array([(row.new, row.old) for row in _points(line)], dtype=np.float64).reshape(-1, 2).T
 
 
+def _base_point(base: Row, lines: dict[str, list[Row]]) -> list[tuple[float, float, str]]:
+    """
+    (x, y, label) of the base, if it is finite. A base that never saw the new domain lies so far to the right that the runs
+    would shrink to a dash; it is then drawn nearer, and its label says where it is.
+    """
+    if not _points([base]):
+        return []
+    x, y = _xy([base])[:, 0]
+    drawn = np.concatenate([_xy(line)[0] for line in lines.values()]) if lines else np.array([])
+    if len(drawn) and x > drawn.max() + 2 * (span := max(np.ptp(drawn), 0.05)):
+        return [(drawn.max() + span, y, f"base, at {x:.2f} →")]
+    return [(x, y, "base")]
+
+
 def _label_points(axes: Axes, base: Row, lines: dict[str, list[Row]], styles: dict) -> None:
     """Write λ beside each point (and "base"), clear of the lines, the points and each other."""
     wanted: dict[tuple[float, float, str], str] = {}  # (x, y, text) → colour; a λ = 0 that all modes share is written once
@@ -160,7 +175,7 @@ def _label_points(axes: Axes, base: Row, lines: dict[str, list[Row]], styles: di
         for row, (x, y) in zip(_points(line), _xy(line).T, strict=True):
             text, colour = (f"{row.ewc_lambda:g}", styles[mode][0]) if row.ewc_lambda else ("λ = 0", "black")
             wanted.setdefault((x, y, text), colour)
-    wanted |= {(x, y, "base"): BASE_COLOUR for x, y in _xy([base]).T}
+    wanted |= dict.fromkeys(_base_point(base, lines), BASE_COLOUR)
     if not wanted:
         return
 
@@ -172,8 +187,9 @@ def _label_points(axes: Axes, base: Row, lines: dict[str, list[Row]], styles: di
     anchors = axes.transData.transform([text.get_position() for text in texts])
     sizes = np.array([(box.width, box.height) for box in (text.get_window_extent(renderer) for text in texts)])
     obstacles = [axes.transData.transform(_xy(line).T) for line in lines.values() if _points(line)]
-    for _, y in axes.transData.transform(_xy([base]).T):  # the dashed line through the base
-        obstacles.append(np.array([(axes.bbox.x0, y), (axes.bbox.x1, y)]))
+    for x, y, _ in _base_point(base, lines):  # the dashed line through the base
+        height = axes.transData.transform((x, y))[1]
+        obstacles.append(np.array([(axes.bbox.x0, height), (axes.bbox.x1, height)]))
     scale = axes.figure.dpi / 72
     centres = place_labels(anchors, sizes, obstacles, axes.bbox.extents, gap=8 * scale)
     for label, anchor, size, centre in zip(texts, anchors, sizes, centres, strict=True):

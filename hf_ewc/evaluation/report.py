@@ -9,8 +9,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..files import write_atomically
 from .figures import retention_figure
-from .results import Accuracy, Row, domain_titles, rows, save_results, write_atomically
+from .results import Accuracy, Row, domain_titles, rows, save_results
 
 
 @dataclass(frozen=True)
@@ -179,8 +180,8 @@ def write_report(results: dict, folder: str | Path) -> dict[str, Path]:
     return {
         "results": save_results(results, folder / "results.json"),
         "figure": figure,
-        "table": write_atomically(folder / "table.md", (table_markdown(results) + "\n").encode()),
-        "report": write_atomically(folder / "report.html", html_report(results, figure.read_bytes()).encode()),
+        "table": write_atomically(folder / "table.md", table_markdown(results) + "\n"),
+        "report": write_atomically(folder / "report.html", html_report(results, figure.read_bytes())),
     }
 
 

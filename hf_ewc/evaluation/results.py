@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..files import write_atomically
 
 SCHEMA = 1
 
@@ -127,7 +127,7 @@ def save_results(results: dict, path: str | Path) -> Path:
     """
     check_results(results)
     text = json.dumps(_finite_only(results), ensure_ascii=False, indent=1, allow_nan=False)
-    return write_atomically(path, (text + "\n").encode())
+    return write_atomically(path, text + "\n")
 
 
 def load_results(path: str | Path) -> dict:
@@ -138,22 +138,6 @@ def load_results(path: str | Path) -> dict:
         raise DataError(f"cannot read results from {path}: {error}. Name the `results.json` that a sweep wrote.") from error
     check_results(results, str(path))
     return results
-
-
-def write_atomically(path: str | Path, content: bytes) -> Path:
-    """Write beside `path`, flush to disk, rename: a reader sees the old file or the new one, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
 
 
 def _row(mode: str, ewc_lambda: float | None, metrics: dict, names: tuple[str, str], base: Row | None = None) -> Row:

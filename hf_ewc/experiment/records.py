@@ -14,7 +14,7 @@ from .. import __version__
 from ..artifact import BaseModel
 from ..config import EvaluationConfig
 from ..errors import ConfigError
-from ..files import write_text_atomically
+from ..files import write_atomically
 
 
 def refuse_changes(then: dict, now: dict, title: str) -> None:
@@ -61,7 +61,7 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, content: Any) -> None:
-    write_text_atomically(path, _dumps(content))
+    write_atomically(path, _dumps(content))
 
 
 def _dumps(content: Any) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset
-from transformers import set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from ..artifact import BaseModel, FisherInformation
 from ..callback import STATE_FILE
@@ -61,6 +61,8 @@ def train_model(model: str, args: EWCConfig, train_dataset: Rows, *, resume: boo
         )
     set_seed(args.seed)
     trainer = EWCTrainer(model, args, train_dataset=train_dataset)
+    trainer.remove_callback(PrinterCallback)  # with `disable_tqdm`, it prints each log as a raw dict
+    trainer.add_callback(_Lines(progress))
     if checkpoint is not None:
         _check_checkpoint(checkpoint, trainer)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -70,6 +72,21 @@ def train_model(model: str, args: EWCConfig, train_dataset: Rows, *, resume: boo
     log: dict[str, Any] = {"steps": trainer.state.global_step}
     log |= {key: entry["train_loss"] for entry in history for key in ("train_loss",) if key in entry}
     return log | {key: value for key, value in last.items() if key == "loss" or key.startswith("ewc/")}
+
+
+class _Lines(TrainerCallback):
+    """One short line for each log."""
+
+    shown = ("loss", "grad_norm", "ewc/kl_nats", "ewc/grad_ratio")
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = kwargs.get("logs") or {}
+        if state.is_world_process_zero and "loss" in logs:
+            figures = "  ".join(f"{name} {logs[name]:.4g}" for name in self.shown if name in logs)
+            self.progress(f"step {state.global_step}/{state.max_steps}  {figures}")
 
 
 def _check_checkpoint(checkpoint: Path, trainer: EWCTrainer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..artifact import AnchorTensors, BaseModel, EstimatorRecord, FisherInformation
+from ..artifact import AnchorTensors, BaseModel, EstimatorRecord, FisherInformation, tokenizer_sha256
 from ..config import FisherConfig
 from ..errors import DataError
 from .per_example import accumulate_squares, collate
@@ -74,7 +75,9 @@ def estimate_fisher(
     # loading a model must not move the random numbers of a later training
     with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
         model, base = _model_and_base(model, config)
-        if tokenizer is None and base.tokenizer_sha256 is not None:
+        if tokenizer is not None:  # the one that was used is the one that is recorded
+            base = replace(base, tokenizer_sha256=tokenizer_sha256(tokenizer))
+        elif base.tokenizer_sha256 is not None:
             tokenizer = AutoTokenizer.from_pretrained(base.folder)
         probe = build_probe(config, tokenizer, dataset)
         largest = max(max(example.input_ids) for example in probe.examples)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..files import write_text_atomically
+from ..files import write_atomically
 
 STATE = "estimate.json"
 
@@ -100,7 +100,7 @@ class RunningState:
         with path.open("rb") as file:
             os.fsync(file.fileno())
         found = {"position": position, "dropped": dropped, "file": self._file, "identity": self.identity}
-        write_text_atomically(self.folder / STATE, json.dumps(found, indent=2))
+        write_atomically(self.folder / STATE, json.dumps(found, indent=2))
         for old in self.folder.glob("sums-*.safetensors"):  # the one before, and what a killed run left behind
             if old != path:
                 old.unlink()

@@ -1,4 +1,6 @@
-"""The penalty: its definition (`reference.py`), its arithmetic (`kernels.py`), its binding to a live model (`controller.py`)."""
+"""
+The penalty: its definition (`reference.py`), its arithmetic (`kernels.py`), its binding to a live model (`controller.py`).
+"""
 
 from .controller import EWCController, Protected
 

@@ -33,8 +33,8 @@ class EWCController:
     """
     The penalty λ/2 · Σ F (θ − θ*)² on the parameters of a live model.
 
-    Parameters are captured once, in [`~EWCController.bind`], and never enumerated again: under FSDP2 `named_parameters()` shows other tensors
-    between a forward and the next. F and θ* are kept in bfloat16 where that loses nothing, else in float32.
+    Parameters are captured once, in [`~EWCController.bind`], and never enumerated again: under FSDP2 `named_parameters()` shows
+    other tensors between a forward and the next. F and θ* are kept in bfloat16 where that loses nothing, else in float32.
 
     Args:
         fisher ([`FisherInformation`]): the artifact; its values are divided by its number of scored tokens.
@@ -68,7 +68,10 @@ class EWCController:
         self.unprotected = sorted(uncovered & params.keys())
         if self.unprotected:
             logger.warning(
-                "EWC covers %d of %d trainable tensors; unpenalised: %s", len(params) - len(self.unprotected), len(params), self.unprotected
+                "EWC covers %d of %d trainable tensors; unpenalised: %s",
+                len(params) - len(self.unprotected),
+                len(params),
+                self.unprotected,
             )
         self._optimizer = metric.unwrap(optimizer)
         if self.mode == "proximal":
@@ -77,8 +80,9 @@ class EWCController:
         strangers = [name for name, param in params.items() if id(param) not in groups]
         if strangers:
             raise ConfigError(
-                f"The optimizer does not hold {len(strangers)} of the model's {len(params)} trainable tensors (first: {strangers[0]}): it was "
-                "built for another model object, or leaves them out. Let the Trainer build the optimizer. Nothing was trained."
+                f"The optimizer does not hold {len(strangers)} of the model's {len(params)} trainable tensors (first: "
+                f"{strangers[0]}): it was built for another model object, or leaves them out. Let the Trainer build the "
+                "optimizer. Nothing was trained."
             )
         anchors = AnchorTensors(self.base, [name for name in params if name not in uncovered])
         self.protected = [
@@ -91,16 +95,14 @@ class EWCController:
         anchor = anchors.read(name).to(param.dtype)
         fisher = self.fisher.read(name)
         device = views.flat(param).device
-        return Protected(
-            name, param, views.narrow(anchor).to(device).view(-1), views.narrow(fisher).to(device).view(-1), group
-        )
+        return Protected(name, param, views.narrow(anchor).to(device).view(-1), views.narrow(fisher).to(device).view(-1), group)
 
     def _warn_of_low_precision(self) -> None:
         low = [p.name for p in self.protected if p.param.dtype != torch.float32]
         if low:
             logger.warning(
-                "%d trainable tensors are %s: updates below about 1/256 of a weight's size are rounded away, the optimizer's and the "
-                "penalty's alike. Load the model in float32 and set `bf16: true` for mixed precision.",
+                "%d trainable tensors are %s: updates below about 1/256 of a weight's size are rounded away, the optimizer's "
+                "and the penalty's alike. Load the model in float32 and set `bf16: true` for mixed precision.",
                 len(low),
                 str(self.protected[0].param.dtype).removeprefix("torch."),
             )
@@ -108,7 +110,9 @@ class EWCController:
     # -- acting --------------------------------------------------------------------------------------------------------------
 
     def add_to_gradients(self, entries: Iterable[Protected] | None = None) -> None:
-        """Mode `loss`: add λ F (θ − θ*) to `.grad`. Once per optimizer step, when the task's gradient is complete and unclipped."""
+        """
+        Mode `loss`: add λ F (θ − θ*) to `.grad`. Once per optimizer step, when the task's gradient is complete and unclipped.
+        """
         for entry in self.protected if entries is None else entries:
             if entry.param.grad is None:  # untouched by this step's task, but the penalty's own gradient is there all the same
                 entry.param.grad = torch.zeros_like(entry.param)
@@ -122,9 +126,7 @@ class EWCController:
             known, denominator = self._metric(entry)
             if known:
                 scale = float(entry.group["lr"]) * self._scale
-                kernels.implicit_step_(
-                    views.flat(entry.param), entry.anchor, entry.fisher, scale, denominator, self._scratch
-                )
+                kernels.implicit_step_(views.flat(entry.param), entry.anchor, entry.fisher, scale, denominator, self._scratch)
 
     @property
     def _scale(self) -> float:
@@ -148,17 +150,15 @@ class EWCController:
         known, denominator = self._metric(entry)
         if known:
             scale = float(entry.group["lr"]) * self._scale
-            self._max_step = max(
-                self._max_step, float(kernels.largest_step(entry.fisher, scale, denominator, self._scratch))
-            )
+            self._max_step = max(self._max_step, float(kernels.largest_step(entry.fisher, scale, denominator, self._scratch)))
 
     def metrics(self) -> dict[str, float]:
         """
         `ewc/*` of the parameters observed since the last call.
 
         Returns:
-            `dict[str, float]`: `ewc/penalty` = λ/2 Σ F δ² (nats per token, as the loss); `ewc/kl_nats` = ½ Σ F δ², the estimate of
-            the KL from the base per probe token; `ewc/anchor_distance` = ‖δ‖₂; `ewc/grad_ratio` = ‖λ F δ‖ / ‖task gradient‖;
+            `dict[str, float]`: `ewc/penalty` = λ/2 Σ F δ² (nats per token, as the loss); `ewc/kl_nats` = ½ Σ F δ², the estimate
+            of the KL from the base per probe token; `ewc/anchor_distance` = ‖δ‖₂; `ewc/grad_ratio` = ‖λ F δ‖ / ‖task gradient‖;
             `ewc/max_step` = max lr · λ · F, in `proximal` mode over Adam's √v̂ + ε (the k of the implicit step).
         """
         weighted, squared, pull, task = self._sums.tolist()
@@ -180,14 +180,16 @@ class EWCController:
         return self.metrics()
 
     def warn_of_large_steps(self, metrics: dict[str, float]) -> None:
-        """In `loss` mode an explicit step of k = lr · λ · F ≥ 2 overshoots the anchor by more than it started from: say so, once."""
+        """
+        In `loss` mode an explicit step of k = lr · λ · F ≥ 2 overshoots the anchor by more than it started from: say so, once.
+        """
         step = metrics.get("ewc/max_step", 0.0)
         if self.mode == "loss" and step > 2 and not self._warned:
             self._warned = True
             logger.warning(
-                "`ewc_mode: loss` takes explicit steps, and the largest lr · λ · F is now %.3g, above 2: those weights overshoot the anchor "
-                "(plain SGD diverges, Adam chatters). Lower `ewc_lambda` or the learning rate, or set `ewc_mode: proximal`, which is "
-                "stable for every λ and has the same fixed point.",
+                "`ewc_mode: loss` takes explicit steps, and the largest lr · λ · F is now %.3g, above 2: those weights "
+                "overshoot the anchor (plain SGD diverges, Adam chatters). Lower `ewc_lambda` or the learning rate, or set "
+                "`ewc_mode: proximal`, which is stable for every λ and has the same fixed point.",
                 step,
             )
 

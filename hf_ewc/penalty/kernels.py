@@ -54,7 +54,9 @@ def add_penalty_gradient_(grad: Tensor, param: Tensor, anchor: Tensor, fisher: T
 def implicit_step_(
     param: Tensor, anchor: Tensor, fisher: Tensor, scale: float, denominator: DenominatorFn | None, scratch: Scratch
 ) -> None:
-    """θ ← θ − k/(1+k) · (θ − θ*) with k = scale · F / denominator. See `reference.implicit_step`; `scale` is lr · λ / normalizer."""
+    """
+    θ ← θ − k/(1+k) · (θ − θ*) with k = scale · F / denominator. See `reference.implicit_step`; `scale` is lr · λ / normalizer.
+    """
     for part in _chunks(param.numel()):
         d, k, s = scratch.get(param.device, part.stop - part.start)
         k.copy_(fisher[part]).mul_(scale)

@@ -1,7 +1,8 @@
 """Adam's own metric √v̂ + ε, read from the optimizer's state: torch's float state, and bitsandbytes' 8-bit state (dequantised).
 
-The 8-bit state stores v in blocks of 256 codes with one float32 maximum each. Measured against the exact v: median ratio 0.996,
-√v within −28 / +14 % at the 1st / 99th percentile (DESIGN §3), so the proximal step's strength per weight is right to about that.
+The 8-bit state stores v in blocks of 256 codes with one float32 maximum each. Measured against the exact v: median ratio
+0.996, √v within −28 / +14 % at the 1st / 99th percentile (DESIGN §3), so the proximal step's strength per weight is right to
+about that.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ def check_adam(optimizer: Any) -> None:
     bnb_adam = getattr(inner, "optimizer_name", None) == "adam"
     if not (torch_adam or bnb_adam):
         raise ConfigError(
-            f"`ewc_mode: proximal` acts in Adam's metric, and {type(inner).__name__} keeps no second moment that it can read. Set "
-            "`ewc_mode: decoupled` (any optimizer) or `loss`, or train with `paged_adamw_8bit`, `adamw_8bit` or `adamw_torch`. "
-            "Nothing was trained."
+            f"`ewc_mode: proximal` acts in Adam's metric, and {type(inner).__name__} keeps no second moment that it can read. "
+            "Set `ewc_mode: decoupled` (any optimizer) or `loss`, or train with `paged_adamw_8bit`, `adamw_8bit` or "
+            "`adamw_torch`. Nothing was trained."
         )
 
 

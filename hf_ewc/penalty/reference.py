@@ -22,10 +22,12 @@ def loss_gradient(grad: Tensor, theta: Tensor, anchor: Tensor, fisher: Tensor, e
     return grad + ewc_lambda * fisher * (theta - anchor)
 
 
-def implicit_step(theta: Tensor, anchor: Tensor, fisher: Tensor, ewc_lambda: float, lr: float, metric: Tensor | float) -> Tensor:
+def implicit_step(
+    theta: Tensor, anchor: Tensor, fisher: Tensor, ewc_lambda: float, lr: float, metric: Tensor | float
+) -> Tensor:
     """
-    Modes `proximal` (`metric` = √v̂ + ε of Adam) and `decoupled` (`metric` = 1): after the optimizer moved to `theta`, the minimiser
-    of λ/2 F (x − θ*)² + metric / (2 lr) (x − θ)². As it is a weighted mean of θ and θ*, no λ can make it overshoot.
+    Modes `proximal` (`metric` = √v̂ + ε of Adam) and `decoupled` (`metric` = 1): after the optimizer moved to `theta`, the
+    minimiser of λ/2 F (x − θ*)² + metric / (2 lr) (x − θ)². As it is a weighted mean of θ and θ*, no λ can make it overshoot.
     """
     k = lr * ewc_lambda * fisher / metric
     return (theta + k * anchor) / (1 + k)

@@ -1,6 +1,7 @@
 """The only file that knows how a parameter is laid out: names without wrappers, and flat views of the local storage.
 
-Supported now: one process, and DDP (every rank holds everything). Sharded layouts (FSDP, ZeRO) will be added here and nowhere else.
+Supported now: one process, and DDP (every rank holds everything). Sharded layouts (FSDP, ZeRO) will be added here and nowhere
+else.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def flat(tensor: Tensor) -> Tensor:
     """A one-dimensional view (never a copy) of a tensor's local storage, outside of autograd."""
     if type(tensor.data) is not Tensor:
         raise ConfigError(
-            f"A parameter is a {type(tensor.data).__name__}, not a plain tensor: this version of the penalty supports one process "
-            "and DDP. Turn FSDP, tensor parallelism or weight quantisation off."
+            f"A parameter is a {type(tensor.data).__name__}, not a plain tensor: this version of the penalty supports one "
+            "process and DDP. Turn FSDP, tensor parallelism or weight quantisation off."
         )
     data = tensor.detach()
     if not data.is_contiguous():

@@ -38,8 +38,14 @@ trainer.save_model()
 
 def _run(base: Path, fisher: str, out: Path, mode: str, optim: str, *, resume=False, pause=0.0, kill_after=None) -> None:
     code = SCRIPT.format(
-        tests=str(Path(training.__file__).parent), base=str(base), out=str(out), fisher=fisher, mode=mode, optim=optim,
-        resume=resume, pause=pause,
+        tests=str(Path(training.__file__).parent),
+        base=str(base),
+        out=str(out),
+        fisher=fisher,
+        mode=mode,
+        optim=optim,
+        resume=resume,
+        pause=pause,
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if kill_after is not None:
@@ -55,7 +61,9 @@ def _run(base: Path, fisher: str, out: Path, mode: str, optim: str, *, resume=Fa
         assert process.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize(("mode", "optim"), [("proximal", "paged_adamw_8bit"), ("loss", "adamw_torch"), ("decoupled", "paged_adamw_8bit")])
+@pytest.mark.parametrize(
+    ("mode", "optim"), [("proximal", "paged_adamw_8bit"), ("loss", "adamw_torch"), ("decoupled", "paged_adamw_8bit")]
+)
 def test_a_killed_run_resumes_bitwise(base_folder, tmp_path, mode, optim):
     fisher = str(training.make_fisher(base_folder).save_pretrained(tmp_path / "f"))
     _run(base_folder, fisher, tmp_path / "whole", mode, optim)

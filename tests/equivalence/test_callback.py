@@ -56,7 +56,9 @@ def test_callback_on_a_plain_trainer_holds_the_weights(base_folder, fisher, tmp_
     distances = []
     for ewc_lambda in (1e-6, strength):
         names = {"max_length"}
-        arguments = {k: v for k, v in training.settings(tmp_path / str(ewc_lambda), learning_rate=1e-3).items() if k not in names}
+        arguments = {
+            k: v for k, v in training.settings(tmp_path / str(ewc_lambda), learning_rate=1e-3).items() if k not in names
+        }
         trainer = Trainer(
             AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32),
             TrainingArguments(**arguments),

@@ -1,4 +1,6 @@
-"""`proximal` and `decoupled` are the reference's implicit step after the optimizer's; `proximal` shares `loss`'s fixed point."""
+"""
+`proximal` and `decoupled` are the reference's implicit step after the optimizer's; `proximal` shares `loss`'s fixed point.
+"""
 
 import pytest
 import torch
@@ -68,7 +70,12 @@ def test_a_huge_lambda_holds_the_weights_at_the_anchor(base_folder, fisher_folde
     distances = []
     for ewc_lambda in (1.0, 1e4, 1e12):
         trainer = training.ewc_trainer(
-            base_folder, tmp_path / f"{ewc_lambda}", fisher=str(fisher_folder), ewc_lambda=ewc_lambda, ewc_mode=mode, optim=optim
+            base_folder,
+            tmp_path / f"{ewc_lambda}",
+            fisher=str(fisher_folder),
+            ewc_lambda=ewc_lambda,
+            ewc_mode=mode,
+            optim=optim,
         )
         trainer.train()
         distances.append(trainer.state.log_history[-2]["ewc/anchor_distance"])

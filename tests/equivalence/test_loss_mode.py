@@ -1,4 +1,7 @@
-"""`ewc_mode: loss` is the paper's penalty in the loss: the weights follow an autograd oracle, whatever the accumulation or clipping."""
+"""
+`ewc_mode: loss` is the paper's penalty in the loss: the weights follow an autograd oracle, whatever the accumulation or
+clipping.
+"""
 
 import pytest
 import torch

@@ -47,7 +47,14 @@ def test_eval_loss_excludes_the_penalty(base_folder, fisher, tmp_path, mode):
         trainer = EWCTrainer(
             model,
             EWCConfig(
-                **training.settings(tmp_path / str(ewc_lambda), ewc_lambda=ewc_lambda, fisher=fisher, ewc_mode=mode, max_steps=1, learning_rate=0.0)
+                **training.settings(
+                    tmp_path / str(ewc_lambda),
+                    ewc_lambda=ewc_lambda,
+                    fisher=fisher,
+                    ewc_mode=mode,
+                    max_steps=1,
+                    learning_rate=0.0,
+                )
             ),
             train_dataset=training.make_rows(),
             eval_dataset=training.make_rows(8),
@@ -62,7 +69,8 @@ def test_eval_loss_excludes_the_penalty(base_folder, fisher, tmp_path, mode):
 @pytest.mark.parametrize("mode", ["loss", "proximal", "decoupled"])
 def test_metrics_reach_every_reporter_on_logging_steps_only(base_folder, fisher, tmp_path, mode):
     class Reporter(TrainerCallback):
-        seen = []
+        def __init__(self):
+            self.seen = []
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             self.seen.append((state.global_step, {key for key in logs if key.startswith("ewc/")}))
@@ -100,7 +108,15 @@ def _gradient_norm_away_from_the_anchor(base, fisher, out, mode, ewc_lambda):
         for param in model.parameters():
             param.add_(0.05 * torch.randn(param.shape, generator=torch.Generator().manual_seed(4)))
     trainer = training.ewc_trainer(
-        base, out, model=model, anchor=str(base), fisher=fisher, ewc_lambda=ewc_lambda, ewc_mode=mode, max_grad_norm=0.1, max_steps=1
+        base,
+        out,
+        model=model,
+        anchor=str(base),
+        fisher=fisher,
+        ewc_lambda=ewc_lambda,
+        ewc_mode=mode,
+        max_grad_norm=0.1,
+        max_steps=1,
     )
     trainer.train()
     return trainer.state.log_history[0]["grad_norm"]
@@ -141,7 +157,9 @@ def test_the_penalty_is_exactly_zero_before_the_first_step(base_folder, fisher, 
 
 
 def test_saved_checkpoint_is_an_ordinary_model(base_folder, fisher, tmp_path):
-    trainer = training.ewc_trainer(base_folder, tmp_path, fisher=fisher, ewc_lambda=0.5, ewc_mode="decoupled", save_strategy="steps", save_steps=3)
+    trainer = training.ewc_trainer(
+        base_folder, tmp_path, fisher=fisher, ewc_lambda=0.5, ewc_mode="decoupled", save_strategy="steps", save_steps=3
+    )
     trainer.train()
     trainer.save_model()
     for folder in (tmp_path, tmp_path / "checkpoint-3"):
@@ -188,7 +206,7 @@ def test_a_frozen_layer_stays_out_of_the_penalty(base_folder, fisher, tmp_path):
     assert names == {name for name, param in model.named_parameters() if param.requires_grad}
 
 
-# -- bad input: refused before anything is trained -------------------------------------------------------------------------------
+# -- bad input: refused before anything is trained -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

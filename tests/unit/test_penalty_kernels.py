@@ -133,11 +133,11 @@ def test_adam_metric_is_read_from_the_optimizer_state(kind, shape):
     optimizer = torch.optim.AdamW([param], **arguments) if kind == "torch" else AdamW([param], optim_bits=8, **arguments)
     assert metric.denominator(optimizer, optimizer.param_groups[0], param) is None  # never stepped: nothing to pull back
     v = torch.zeros(shape)
-    for step in range(1, 4):
+    for _ in range(3):
         param.grad = torch.randn(shape) * torch.exp(torch.randn(shape))
         v = 0.95 * v + 0.05 * param.grad**2
         optimizer.step()
-    exact = (v / (1 - 0.95**step)).sqrt().view(-1) + 1e-8
+    exact = (v / (1 - 0.95**3)).sqrt().view(-1) + 1e-8
     read = metric.denominator(optimizer, optimizer.param_groups[0], param)
     parts = kernels._chunks(param.numel())
     found = torch.cat([read(part, torch.empty(part.stop - part.start)).clone() for part in parts])
