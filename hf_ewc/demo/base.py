@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from ..config import EWCConfig
+from ..experiment import Progress, ProgressLines
 from ..trainer import EWCTrainer
 from .world import World, answer, interleaved, prompt, question_rows, text_rows
 
@@ -99,7 +100,9 @@ def common_arguments(seed: int) -> dict[str, Any]:
     )
 
 
-def pretrain(world: World, tokenizer: PreTrainedTokenizerBase, size: str, steps: int, seed: int, folder: Path) -> None:
+def pretrain(
+    world: World, tokenizer: PreTrainedTokenizerBase, size: str, steps: int, seed: int, folder: Path, progress: Progress
+) -> None:
     """
     Make the base model in two stages, as real ones are made, and save it to `folder`, whole or not at all.
 
@@ -126,11 +129,12 @@ def pretrain(world: World, tokenizer: PreTrainedTokenizerBase, size: str, steps:
             adam_beta2=0.95,
             max_steps=max(stage, 1),
             train_sampling_strategy="sequential",
-            **{**common_arguments(seed), "per_device_train_batch_size": batch},
+            **{**common_arguments(seed), "per_device_train_batch_size": batch, "logging_steps": max(stage // 4, 1)},
         )
         rows = interleaved(parts, batch, max(stage, 1), seed)
         trainer = EWCTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
-        trainer.remove_callback(PrinterCallback)  # the demo prints its own progress
+        trainer.remove_callback(PrinterCallback)  # prints raw dicts
+        trainer.add_callback(ProgressLines(progress))
         trainer.train()
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)

@@ -110,7 +110,7 @@ def run_demo(config: DemoConfig | None = None) -> dict[str, Any]:
     else:
         count = f"{len(world.english)} English documents and {len(world.questions)} questions"
         say(f"pretraining a {config.size} Gemma-2 on {count}")
-        pretrain(world, tokenizer, config.size, config.pretrain_steps, config.seed, base)
+        pretrain(world, tokenizer, config.size, config.pretrain_steps, config.seed, base, say)
         write_atomically(folder / RECIPE, _recipe(config))
     fisher = _make_fisher(config, files, base, folder / "fisher", say)
 

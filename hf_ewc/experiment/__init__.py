@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from .records import versions
 from .sweep import plan_runs, probe_overlaps, run_sweep
-from .training import check_fisher, train_model
+from .training import Progress, ProgressLines, check_fisher, train_model
 
-__all__ = ["check_fisher", "plan_runs", "probe_overlaps", "run_sweep", "train_model", "versions"]
+__all__ = [
+    "Progress",
+    "ProgressLines",
+    "check_fisher",
+    "plan_runs",
+    "probe_overlaps",
+    "run_sweep",
+    "train_model",
+    "versions",
+]

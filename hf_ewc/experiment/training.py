@@ -62,7 +62,7 @@ def train_model(model: str, args: EWCConfig, train_dataset: Rows, *, resume: boo
     set_seed(args.seed)
     trainer = EWCTrainer(model, args, train_dataset=train_dataset)
     trainer.remove_callback(PrinterCallback)  # with `disable_tqdm`, it prints each log as a raw dict
-    trainer.add_callback(_Lines(progress))
+    trainer.add_callback(ProgressLines(progress))
     if checkpoint is not None:
         _check_checkpoint(checkpoint, trainer)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -74,7 +74,7 @@ def train_model(model: str, args: EWCConfig, train_dataset: Rows, *, resume: boo
     return log | {key: value for key, value in last.items() if key == "loss" or key.startswith("ewc/")}
 
 
-class _Lines(TrainerCallback):
+class ProgressLines(TrainerCallback):
     """One short line for each log."""
 
     shown = ("loss", "grad_norm", "ewc/kl_nats", "ewc/grad_ratio")

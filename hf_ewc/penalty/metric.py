@@ -1,8 +1,8 @@
 """Adam's own metric √v̂ + ε, read from the optimizer's state: torch's float state, and bitsandbytes' 8-bit state (dequantised).
 
-The 8-bit state stores v in blocks of 256 codes with one float32 maximum each. Measured against the exact v: median ratio
-0.996, √v within −28 / +14 % at the 1st / 99th percentile (DESIGN §3), so the proximal step's strength per weight is right to
-about that.
+The 8-bit state stores v in blocks of 256 codes with one float32 maximum each. Measured on the demo's model after 40 steps of
+real gradients: √v is 0.994 of the exact one in the median, 0.71 and 1.21 at the 1st and 99th percentile, and never 0 where it
+should not be; the proximal step's strength per weight is right to about that.
 """
 
 from __future__ import annotations

@@ -42,11 +42,58 @@ def test_callback_on_sft_trainer_equals_ewc_trainer(base_folder, fisher, tmp_pat
     )
     plain.train()
     assert training.largest_difference(training.weights(plain.model), training.weights(ours.model)) < 1e-7
-    a, b = ([e for e in t.state.log_history if "ewc/penalty" in e][-1] for t in (ours, plain))
-    for key in ("ewc/penalty", "ewc/kl_nats", "ewc/anchor_distance"):
-        assert a[key] == pytest.approx(b[key], rel=1e-3)
-    if mode == "loss":  # the hook, too, sees the task's gradient before the penalty and the clipping
-        assert a["ewc/grad_ratio"] == pytest.approx(b["ewc/grad_ratio"], rel=1e-3)
+    logs = ([e for e in t.state.log_history if "ewc/penalty" in e] for t in (ours, plain))
+    for a, b in zip(*logs, strict=True):
+        for key in ("ewc/penalty", "ewc/kl_nats", "ewc/anchor_distance"):
+            assert a[key] == pytest.approx(b[key], rel=1e-3)
+        if mode == "loss":  # the hook, too, sees the whole gradient of the task, before the penalty and the clipping
+            assert a["ewc/grad_ratio"] == pytest.approx(b["ewc/grad_ratio"], rel=1e-3)
+
+
+class HalvesTrainer(SFTTrainer):
+    """Runs two backward passes per training step, as trainers with two losses (or re-entrant checkpointing) do."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        halves = ({key: value[part] for key, value in inputs.items()} for part in (slice(0, 2), slice(2, 4)))
+        return sum(super(HalvesTrainer, self).training_step(model, half, num_items_in_batch) for half in halves)
+
+
+def test_the_hook_acts_once_even_if_a_step_runs_backward_twice(base_folder, fisher, tmp_path):
+    overrides = dict(optim="sgd", learning_rate=3e-2, weight_decay=0.0)
+    models = []
+    for cls in (SFTTrainer, HalvesTrainer):
+        trainer = cls(
+            str(base_folder),
+            SFTConfig(**training.settings(tmp_path / cls.__name__, **overrides)),
+            train_dataset=training.make_rows(),
+            callbacks=[EWCCallback(fisher, LAMBDA, "loss")],
+        )
+        trainer.train()
+        models.append(training.weights(trainer.model))
+    assert training.largest_difference(*models) < 1e-6
+
+
+def test_the_callback_pulls_back_a_weight_that_a_step_does_not_touch(base_folder, fisher, tmp_path):
+    class FrozenTaskTrainer(SFTTrainer):
+        """The task reaches the last norm only: all other hooks stay silent."""
+
+        def compute_loss(self, model, *args, **kwargs):
+            return model.model.norm.weight.sum()
+
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(0.05)
+    before = training.weights(model)
+    trainer = FrozenTaskTrainer(
+        model,
+        SFTConfig(**training.settings(tmp_path, optim="sgd", max_steps=1, learning_rate=1e-3, weight_decay=0.0)),
+        train_dataset=training.make_rows(),
+        callbacks=[EWCCallback(fisher, LAMBDA, "loss")],
+    )
+    trainer.train()
+    after = training.weights(model)
+    assert all(float((after[name] - before[name]).abs().max()) > 0 for name in after)
 
 
 @pytest.mark.parametrize(("mode", "strength"), [("loss", 1.0), ("proximal", 1.0), ("decoupled", 100.0)])
@@ -57,7 +104,9 @@ def test_callback_on_a_plain_trainer_holds_the_weights(base_folder, fisher, tmp_
     for ewc_lambda in (1e-6, strength):
         names = {"max_length"}
         arguments = {
-            k: v for k, v in training.settings(tmp_path / str(ewc_lambda), learning_rate=1e-3).items() if k not in names
+            k: v
+            for k, v in training.settings(tmp_path / str(ewc_lambda), learning_rate=1e-3, save_strategy="epoch").items()
+            if k not in names
         }
         trainer = Trainer(
             AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32),
@@ -70,8 +119,9 @@ def test_callback_on_a_plain_trainer_holds_the_weights(base_folder, fisher, tmp_
         trainer.train()
         distances.append(callback.controller.measure()["ewc/anchor_distance"])
     assert distances[1] < 0.8 * distances[0]
-    state = json.loads((tmp_path / str(strength) / "ewc_state.json").read_text())
-    assert (state["ewc_lambda"], state["ewc_mode"]) == (strength, mode)
+    for folder in (tmp_path / str(strength), tmp_path / str(strength) / "checkpoint-6"):
+        state = json.loads((folder / "ewc_state.json").read_text())
+        assert (state["ewc_lambda"], state["ewc_mode"]) == (strength, mode)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -96,7 +146,8 @@ def test_callback_on_a_dpo_trainer(base_folder, fisher, tmp_path, mode):
 
 def test_callback_with_lambda_zero_does_nothing(base_folder, fisher, tmp_path):
     models = []
-    for callbacks in ([], [EWCCallback(fisher, 0.0)]):
+    callback = EWCCallback(fisher, 0.0)
+    for callbacks in ([], [callback]):
         trainer = SFTTrainer(
             str(base_folder),
             SFTConfig(**training.settings(tmp_path / str(len(callbacks)))),
@@ -106,6 +157,7 @@ def test_callback_with_lambda_zero_does_nothing(base_folder, fisher, tmp_path):
         trainer.train()
         models.append(training.weights(trainer.model))
     assert training.largest_difference(*models) == 0.0
+    assert callback.controller.protected == []  # no memory is spent on an anchor either
 
 
 def test_callback_refuses_what_it_cannot_do_right(base_folder, fisher, tmp_path):
@@ -120,6 +172,33 @@ def test_callback_refuses_what_it_cannot_do_right(base_folder, fisher, tmp_path)
         callbacks=[EWCCallback(fisher, 1.0)],
     )
     with pytest.raises(ConfigError, match="second moment"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("where", ["args", "model"])
+def test_callback_refuses_before_the_first_step_what_the_trainer_would_allow(base_folder, fisher, tmp_path, where):
+    trainer = SFTTrainer(
+        str(base_folder),
+        SFTConfig(**training.settings(tmp_path)),
+        train_dataset=training.make_rows(),
+        callbacks=[EWCCallback(fisher, 1.0)],
+    )
+    # set afterwards: on a machine without a GPU, the libraries themselves refuse to build either
+    setattr(*((trainer.args, "fp16", True) if where == "args" else (trainer.model, "is_loaded_in_8bit", True)))
+    with pytest.raises(ConfigError, match="fp16" if where == "args" else "quantised"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_callback_refuses_another_tokenizer_than_the_fishers(base_folder, fisher, tmp_path):
+    trainer = SFTTrainer(
+        str(base_folder),
+        SFTConfig(**training.settings(tmp_path)),
+        train_dataset=training.make_rows(),
+        processing_class=tiny.make_tokenizer(vocab_size=300),
+        callbacks=[EWCCallback(fisher, 1.0)],
+    )
+    with pytest.raises(FisherMismatchError, match="tokenizer"):
         trainer.train()
 
 

@@ -59,7 +59,7 @@ def test_eval_loss_excludes_the_penalty(base_folder, fisher, tmp_path, mode):
             train_dataset=training.make_rows(),
             eval_dataset=training.make_rows(8),
         )
-        trainer.train() if mode == "loss" else None  # lr = 0 leaves the weights; implicit modes take lr-sized steps, 0 too
+        trainer.train()  # binds the penalty; at lr = 0 every mode leaves the weights where they are
         losses.append(trainer.evaluate()["eval_loss"])
         trainer.model.generate(torch.tensor([[2, 10, 11]]), max_new_tokens=2)
         trainer.model(torch.tensor([[2, 10, 11]]))
@@ -102,7 +102,7 @@ def test_kl_nats_is_half_the_fisher_weighted_distance_per_scored_token(base_fold
     assert trainer.ewc.controller.measure()["ewc/kl_nats"] == pytest.approx(by_hand, rel=1e-4)
 
 
-def _gradient_norm_away_from_the_anchor(base, fisher, out, mode, ewc_lambda):
+def _first_log_away_from_the_anchor(base, fisher, out, mode, ewc_lambda):
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with torch.no_grad():
         for param in model.parameters():
@@ -119,14 +119,33 @@ def _gradient_norm_away_from_the_anchor(base, fisher, out, mode, ewc_lambda):
         max_steps=1,
     )
     trainer.train()
-    return trainer.state.log_history[0]["grad_norm"]
+    return trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize("moved", [0.0, 1e-3])
+def test_a_start_away_from_the_anchor_is_said(base_folder, fisher, tmp_path, caplog, moved):
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight.add_(moved)
+    training.ewc_trainer(base_folder, tmp_path, model=model, fisher=fisher, max_steps=1).train()
+    assert ("away from the anchor" in caplog.text) == (moved > 0)
 
 
 def test_clipping_never_sees_the_penalty_in_the_default_mode(base_folder, fisher, tmp_path):
-    norms = [_gradient_norm_away_from_the_anchor(base_folder, fisher, tmp_path / str(x), "proximal", x) for x in (1e-6, 1e3)]
-    assert norms[0] == norms[1]
-    norms = [_gradient_norm_away_from_the_anchor(base_folder, fisher, tmp_path / f"l{x}", "loss", x) for x in (1e-6, 1e3)]
-    assert norms[1] > 10 * norms[0]  # documented of `loss`: task and penalty are clipped as one
+    def norm(mode, ewc_lambda):
+        log = _first_log_away_from_the_anchor(base_folder, fisher, tmp_path / f"{mode}{ewc_lambda}", mode, ewc_lambda)
+        return log["grad_norm"]
+
+    assert norm("proximal", 1e-6) == norm("proximal", 1e3)
+    assert norm("loss", 1e3) > 10 * norm("loss", 1e-6)  # documented of `loss`: task and penalty are clipped as one
+
+
+def test_grad_ratio_compares_with_the_gradient_of_the_task_alone(base_folder, fisher, tmp_path):
+    """Measured after the penalty had joined the gradient, the ratio of a strong penalty could never exceed 1."""
+    modes = ("loss", "proximal")
+    logs = [_first_log_away_from_the_anchor(base_folder, fisher, tmp_path / mode, mode, 1e3) for mode in modes]
+    assert logs[0]["ewc/grad_ratio"] == pytest.approx(logs[1]["ewc/grad_ratio"], rel=1e-4)
+    assert logs[0]["ewc/grad_ratio"] > 10
 
 
 def test_the_penalty_acts_once_per_optimizer_step(base_folder, fisher, tmp_path):
@@ -170,6 +189,8 @@ def test_saved_checkpoint_is_an_ordinary_model(base_folder, fisher, tmp_path):
         assert state["ewc_mode"] == "decoupled"
         assert state["fisher"]["sha256"] == trainer.ewc.controller.fisher.sha256
         assert state["anchor"]["fingerprint"] == trainer.ewc.controller.base.fingerprint
+    trainer.save_model(tmp_path / "elsewhere")
+    assert (tmp_path / "elsewhere" / "ewc_state.json").read_text() == (tmp_path / "ewc_state.json").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert training.largest_difference(training.weights(loaded), training.weights(trainer.model)) == 0.0
 
@@ -181,7 +202,7 @@ def test_weight_decay_is_off_unless_asked_for(tmp_path):
 # -- coverage ------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_parameter_without_fisher_is_an_error_unless_asked_for(base_folder, tmp_path):
+def test_a_parameter_without_fisher_is_an_error_unless_asked_for(base_folder, tmp_path, caplog):
     name = "model.layers.1.mlp.up_proj.weight"
     partial = str(training.make_fisher(base_folder, drop=name).save_pretrained(tmp_path / "f"))
     trainer = training.ewc_trainer(base_folder, tmp_path / "a", fisher=partial)
@@ -193,6 +214,7 @@ def test_a_parameter_without_fisher_is_an_error_unless_asked_for(base_folder, tm
     trainer.train()
     after = training.weights(trainer.model)
     assert trainer.ewc.controller.unprotected == [name]
+    assert any("unpenalised" in record.message and name in record.message for record in caplog.records)
     assert float((after[name] - before[name]).abs().max()) > 1e-3
     assert max(float((after[n] - before[n]).abs().max()) for n in after if n != name) < 1e-4
 
@@ -204,6 +226,38 @@ def test_a_frozen_layer_stays_out_of_the_penalty(base_folder, fisher, tmp_path):
     trainer.train()
     names = {entry.name for entry in trainer.ewc.controller.protected}
     assert names == {name for name, param in model.named_parameters() if param.requires_grad}
+
+
+def test_a_compiled_model_is_covered_under_the_names_of_its_base(base_folder, fisher, tmp_path):
+    trainer = training.ewc_trainer(base_folder, tmp_path, fisher=fisher)
+    optimizer = trainer.create_optimizer()
+    wrapped = torch.compile(trainer.model)  # compiles at the first forward, renames its parameters at once
+    assert all(name.startswith("_orig_mod.") for name, _ in wrapped.named_parameters())
+    trainer.ewc.controller.bind(wrapped, optimizer)
+    assert {entry.name for entry in trainer.ewc.controller.protected} == {name for name, _ in trainer.model.named_parameters()}
+    assert trainer.ewc.controller.unprotected == []
+
+
+def test_an_optimizer_of_another_model_is_refused(base_folder, fisher, tmp_path):
+    """Its steps would move other weights than those that the penalty pulls back."""
+    trainer, other = (training.ewc_trainer(base_folder, tmp_path / name, fisher=fisher) for name in "ab")
+    with pytest.raises(ConfigError, match="another model object"):
+        trainer.ewc.controller.bind(trainer.model, other.create_optimizer())
+
+
+def test_a_weight_that_a_step_does_not_touch_is_pulled_back_all_the_same(base_folder, fisher, tmp_path):
+    """No gradient of the task (an expert that no token chose) is a gradient of 0, to which the penalty's is added."""
+    trainer = training.ewc_trainer(base_folder, tmp_path, fisher=fisher, ewc_lambda=2.0, ewc_mode="loss")
+    controller = trainer.ewc.controller
+    controller.bind(trainer.model, trainer.create_optimizer())
+    with torch.no_grad():
+        for param in trainer.model.parameters():
+            param.add_(0.05)
+    controller.add_to_gradients()
+    for entry in controller.protected:
+        drift = entry.param.detach() - entry.anchor.view_as(entry.param)
+        expected = 2.0 * controller.fisher.per_token(entry.name) * drift
+        torch.testing.assert_close(entry.param.grad, expected, rtol=1e-5, atol=1e-7)
 
 
 # -- bad input: refused before anything is trained -----------------------------------------------------------------------------
@@ -227,10 +281,14 @@ def test_settings_under_which_the_penalty_would_be_wrong_are_refused(base_folder
         training.ewc_trainer(base_folder, tmp_path, **{"fisher": fisher, **overrides})
 
 
-def test_fp16_is_refused(base_folder, fisher, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("fp16", True, "bf16"), ("deepspeed", "zero2.json", "no-op"), ("fsdp", "full_shard", "shards")],
+)
+def test_engines_that_step_behind_the_penalty_are_refused(base_folder, fisher, tmp_path, name, value, message):
     config = EWCConfig(**training.settings(tmp_path, fisher=fisher))
-    config.fp16 = True  # TrainingArguments itself refuses it on a machine without a GPU
-    with pytest.raises(ConfigError, match="bf16"):
+    setattr(config, name, value)  # TrainingArguments itself refuses it on a machine without a GPU or the package
+    with pytest.raises(ConfigError, match=message):
         EWCTrainer(str(base_folder), config, train_dataset=training.make_rows())
 
 
@@ -261,6 +319,16 @@ def test_a_fisher_of_other_weights_is_refused(base_folder, tokenizer, tmp_path):
     foreign = str(training.make_fisher(other).save_pretrained(tmp_path / "f"))
     with pytest.raises(FisherMismatchError):
         training.ewc_trainer(base_folder, tmp_path / "out", fisher=foreign)
+
+
+def test_another_tokenizer_than_the_fishers_is_refused(base_folder, fisher, tmp_path):
+    with pytest.raises(FisherMismatchError, match="tokenizer"):
+        EWCTrainer(
+            str(base_folder),
+            EWCConfig(**training.settings(tmp_path, fisher=fisher)),
+            train_dataset=training.make_rows(),
+            processing_class=tiny.make_tokenizer(vocab_size=300),
+        )
 
 
 def test_a_model_that_was_never_saved_has_no_anchor(fisher, tokenizer, tmp_path):
