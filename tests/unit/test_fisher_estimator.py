@@ -212,7 +212,7 @@ def test_a_save_that_fails_half_way_leaves_the_one_before(tmp_path, monkeypatch)
     state = RunningState(tmp_path, {})
     state.save({"weight": torch.ones(2)}, 3, [1])
     with monkeypatch.context() as patch:
-        patch.setattr("hf_ewc.fisher.state.write_text_atomically", disk_full)
+        patch.setattr("hf_ewc.fisher.state.write_atomically", disk_full)
         with pytest.raises(OSError, match="No space"):
             state.save({"weight": torch.full((2,), 9.0)}, 6, [1, 4])
     again, sums = RunningState(tmp_path, {}, resume=True), {"weight": torch.zeros(2)}
