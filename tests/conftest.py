@@ -1,4 +1,4 @@
-"""Offline, single-threaded where it matters, and the tiny models that every test uses (see `tests/tiny.py`)."""
+"""Offline, and the tiny model and Fisher that every test uses (see `tests/tiny.py` and `tests/training.py`)."""
 
 import os
 
@@ -20,3 +20,17 @@ def tokenizer():
 def base_folder(tmp_path_factory, tokenizer):
     """Folder of a tied, two-layer Gemma-2 with its tokenizer, as `save_pretrained` writes it."""
     return tiny.save_base(tmp_path_factory.mktemp("base"), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def fisher(base_folder):
+    """A random Fisher of `base_folder`, in memory."""
+    import training  # here, so that tests without training do not wait for trl
+
+    return training.make_fisher(base_folder)
+
+
+@pytest.fixture(scope="session")
+def fisher_folder(fisher, tmp_path_factory):
+    """The same as an artifact, in float32; its path as a `str`, as settings have it."""
+    return str(fisher.save_pretrained(tmp_path_factory.mktemp("fisher") / "random", codec="float32"))

@@ -15,7 +15,7 @@ several λ, and show what was kept and what was learned. Two CPU cores, under th
 
 Examples:
   hf-ewc demo
-  hf-ewc demo --lambdas 0 10 --steps 50 --output_dir /tmp/look
+  hf-ewc demo --lambdas 0 10 --steps 50 --output_dir look
   hf-ewc demo --data-en my_old_domain.jsonl --data-lt my_new_domain.jsonl --questions my_questions.jsonl
 """
 

@@ -16,15 +16,10 @@ MODES = ["loss", "proximal", "decoupled"]
 LAMBDA = 1e-2
 
 
-@pytest.fixture(scope="module")
-def fisher(base_folder, tmp_path_factory):
-    return str(training.make_fisher(base_folder).save_pretrained(tmp_path_factory.mktemp("fisher") / "f"))
-
-
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_callback_on_sft_trainer_equals_ewc_trainer(base_folder, fisher, tmp_path, mode, checkpointing, accumulation):
+def test_callback_on_sft_trainer_equals_ewc_trainer(base_folder, fisher_folder, tmp_path, mode, checkpointing, accumulation):
     overrides = dict(
         learning_rate=1e-3,
         max_grad_norm=0.05,
@@ -32,13 +27,15 @@ def test_callback_on_sft_trainer_equals_ewc_trainer(base_folder, fisher, tmp_pat
         gradient_accumulation_steps=accumulation,
         weight_decay=0.0,
     )
-    ours = training.ewc_trainer(base_folder, tmp_path / "a", fisher=fisher, ewc_lambda=LAMBDA, ewc_mode=mode, **overrides)
+    ours = training.ewc_trainer(
+        base_folder, tmp_path / "a", fisher=fisher_folder, ewc_lambda=LAMBDA, ewc_mode=mode, **overrides
+    )
     ours.train()
     plain = SFTTrainer(
         str(base_folder),
         SFTConfig(**training.settings(tmp_path / "b", **overrides)),
         train_dataset=training.make_rows(),
-        callbacks=[EWCCallback(fisher, LAMBDA, mode)],
+        callbacks=[EWCCallback(fisher_folder, LAMBDA, mode)],
     )
     plain.train()
     assert training.largest_difference(training.weights(plain.model), training.weights(ours.model)) < 1e-7
@@ -58,7 +55,7 @@ class HalvesTrainer(SFTTrainer):
         return sum(super(HalvesTrainer, self).training_step(model, half, num_items_in_batch) for half in halves)
 
 
-def test_the_hook_acts_once_even_if_a_step_runs_backward_twice(base_folder, fisher, tmp_path):
+def test_the_hook_acts_once_even_if_a_step_runs_backward_twice(base_folder, fisher_folder, tmp_path):
     overrides = dict(optim="sgd", learning_rate=3e-2, weight_decay=0.0)
     models = []
     for cls in (SFTTrainer, HalvesTrainer):
@@ -66,14 +63,14 @@ def test_the_hook_acts_once_even_if_a_step_runs_backward_twice(base_folder, fish
             str(base_folder),
             SFTConfig(**training.settings(tmp_path / cls.__name__, **overrides)),
             train_dataset=training.make_rows(),
-            callbacks=[EWCCallback(fisher, LAMBDA, "loss")],
+            callbacks=[EWCCallback(fisher_folder, LAMBDA, "loss")],
         )
         trainer.train()
         models.append(training.weights(trainer.model))
     assert training.largest_difference(*models) < 1e-6
 
 
-def test_the_callback_pulls_back_a_weight_that_a_step_does_not_touch(base_folder, fisher, tmp_path):
+def test_the_callback_pulls_back_a_weight_that_a_step_does_not_touch(base_folder, fisher_folder, tmp_path):
     class FrozenTaskTrainer(SFTTrainer):
         """The task reaches the last norm only: all other hooks stay silent."""
 
@@ -89,7 +86,7 @@ def test_the_callback_pulls_back_a_weight_that_a_step_does_not_touch(base_folder
         model,
         SFTConfig(**training.settings(tmp_path, optim="sgd", max_steps=1, learning_rate=1e-3, weight_decay=0.0)),
         train_dataset=training.make_rows(),
-        callbacks=[EWCCallback(fisher, LAMBDA, "loss")],
+        callbacks=[EWCCallback(fisher_folder, LAMBDA, "loss")],
     )
     trainer.train()
     after = training.weights(model)
@@ -97,7 +94,7 @@ def test_the_callback_pulls_back_a_weight_that_a_step_does_not_touch(base_folder
 
 
 @pytest.mark.parametrize(("mode", "strength"), [("loss", 1.0), ("proximal", 1.0), ("decoupled", 100.0)])
-def test_callback_on_a_plain_trainer_holds_the_weights(base_folder, fisher, tmp_path, mode, strength):
+def test_callback_on_a_plain_trainer_holds_the_weights(base_folder, fisher_folder, tmp_path, mode, strength):
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     rows = training.make_rows().map(lambda row: tokenizer(row["text"], truncation=True, max_length=32), remove_columns="text")
     distances = []
@@ -115,7 +112,7 @@ def test_callback_on_a_plain_trainer_holds_the_weights(base_folder, fisher, tmp_
             data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
             processing_class=tokenizer,
         )
-        callback = EWCCallback(fisher, ewc_lambda, mode).attach(trainer)
+        callback = EWCCallback(fisher_folder, ewc_lambda, mode).attach(trainer)
         trainer.train()
         distances.append(callback.controller.measure()["ewc/anchor_distance"])
     assert distances[1] < 0.8 * distances[0]
@@ -125,7 +122,7 @@ def test_callback_on_a_plain_trainer_holds_the_weights(base_folder, fisher, tmp_
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_callback_on_a_dpo_trainer(base_folder, fisher, tmp_path, mode):
+def test_callback_on_a_dpo_trainer(base_folder, fisher_folder, tmp_path, mode):
     rows = Dataset.from_list(
         [{"prompt": f"Say {i}: ", "chosen": f"yes {i}, gladly", "rejected": f"no {i}, never"} for i in range(16)]
     )
@@ -136,7 +133,7 @@ def test_callback_on_a_dpo_trainer(base_folder, fisher, tmp_path, mode):
         args=DPOConfig(**arguments, optim="adamw_torch", max_length=48),
         train_dataset=rows,
         processing_class=AutoTokenizer.from_pretrained(base_folder),
-        callbacks=[EWCCallback(fisher, LAMBDA, mode)],
+        callbacks=[EWCCallback(fisher_folder, LAMBDA, mode)],
     )
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "ewc/penalty" in entry]
@@ -144,9 +141,9 @@ def test_callback_on_a_dpo_trainer(base_folder, fisher, tmp_path, mode):
     assert logged[-1]["ewc/penalty"] > 0
 
 
-def test_callback_with_lambda_zero_does_nothing(base_folder, fisher, tmp_path):
+def test_callback_with_lambda_zero_does_nothing(base_folder, fisher_folder, tmp_path):
     models = []
-    callback = EWCCallback(fisher, 0.0)
+    callback = EWCCallback(fisher_folder, 0.0)
     for callbacks in ([], [callback]):
         trainer = SFTTrainer(
             str(base_folder),
@@ -160,28 +157,28 @@ def test_callback_with_lambda_zero_does_nothing(base_folder, fisher, tmp_path):
     assert callback.controller.protected == []  # no memory is spent on an anchor either
 
 
-def test_callback_refuses_what_it_cannot_do_right(base_folder, fisher, tmp_path):
+def test_callback_refuses_what_it_cannot_do_right(base_folder, fisher_folder, tmp_path):
     with pytest.raises(ConfigError, match="negative"):
-        EWCCallback(fisher, -1.0)
+        EWCCallback(fisher_folder, -1.0)
     with pytest.raises(ConfigError, match="ewc_mode"):
-        EWCCallback(fisher, 1.0, "prox")
+        EWCCallback(fisher_folder, 1.0, "prox")
     trainer = SFTTrainer(
         str(base_folder),
         SFTConfig(**training.settings(tmp_path, optim="sgd")),
         train_dataset=training.make_rows(),
-        callbacks=[EWCCallback(fisher, 1.0)],
+        callbacks=[EWCCallback(fisher_folder, 1.0)],
     )
     with pytest.raises(ConfigError, match="second moment"):
         trainer.train()
 
 
 @pytest.mark.parametrize("where", ["args", "model"])
-def test_callback_refuses_before_the_first_step_what_the_trainer_would_allow(base_folder, fisher, tmp_path, where):
+def test_callback_refuses_before_the_first_step_what_the_trainer_would_allow(base_folder, fisher_folder, tmp_path, where):
     trainer = SFTTrainer(
         str(base_folder),
         SFTConfig(**training.settings(tmp_path)),
         train_dataset=training.make_rows(),
-        callbacks=[EWCCallback(fisher, 1.0)],
+        callbacks=[EWCCallback(fisher_folder, 1.0)],
     )
     # set afterwards: on a machine without a GPU, the libraries themselves refuse to build either
     setattr(*((trainer.args, "fp16", True) if where == "args" else (trainer.model, "is_loaded_in_8bit", True)))
@@ -190,19 +187,19 @@ def test_callback_refuses_before_the_first_step_what_the_trainer_would_allow(bas
     assert trainer.state.global_step == 0
 
 
-def test_callback_refuses_another_tokenizer_than_the_fishers(base_folder, fisher, tmp_path):
+def test_callback_refuses_another_tokenizer_than_the_fishers(base_folder, fisher_folder, tmp_path):
     trainer = SFTTrainer(
         str(base_folder),
         SFTConfig(**training.settings(tmp_path)),
         train_dataset=training.make_rows(),
         processing_class=tiny.make_tokenizer(vocab_size=300),
-        callbacks=[EWCCallback(fisher, 1.0)],
+        callbacks=[EWCCallback(fisher_folder, 1.0)],
     )
     with pytest.raises(FisherMismatchError, match="tokenizer"):
         trainer.train()
 
 
-def test_callback_refuses_a_base_that_has_changed(fisher, tokenizer, tmp_path):
+def test_callback_refuses_a_base_that_has_changed(fisher_folder, tokenizer, tmp_path):
     base = tiny.save_base(tmp_path / "base", tokenizer)
     own = str(training.make_fisher(base).save_pretrained(tmp_path / "f"))
     tiny.save_base(base, tokenizer, seed=5)

@@ -36,16 +36,6 @@ class ReferenceStep(TrainerCallback):
             param.copy_(reference.implicit_step(param, self.theta_star[name], per_token, LAMBDA, group["lr"], denominator))
 
 
-@pytest.fixture(scope="module")
-def fisher(base_folder):
-    return training.make_fisher(base_folder)
-
-
-@pytest.fixture(scope="module")
-def fisher_folder(fisher, tmp_path_factory):
-    return fisher.save_pretrained(tmp_path_factory.mktemp("fisher") / "f", codec="float32")
-
-
 @pytest.mark.parametrize(("mode", "optim"), [("proximal", "adamw_torch"), ("decoupled", "adamw_torch"), ("decoupled", "sgd")])
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_implicit_modes_follow_the_reference(base_folder, fisher, fisher_folder, tmp_path, mode, optim, accumulation):
@@ -58,7 +48,7 @@ def test_implicit_modes_follow_the_reference(base_folder, fisher, fisher_folder,
     )
     plain.train()
     ours = training.ewc_trainer(
-        base_folder, tmp_path / "b", fisher=str(fisher_folder), ewc_lambda=LAMBDA, ewc_mode=mode, **overrides
+        base_folder, tmp_path / "b", fisher=fisher_folder, ewc_lambda=LAMBDA, ewc_mode=mode, **overrides
     )
     ours.train()
     assert training.largest_difference(training.weights(ours.model), training.weights(plain.model)) < 1e-6
@@ -72,7 +62,7 @@ def test_a_huge_lambda_holds_the_weights_at_the_anchor(base_folder, fisher_folde
         trainer = training.ewc_trainer(
             base_folder,
             tmp_path / f"{ewc_lambda}",
-            fisher=str(fisher_folder),
+            fisher=fisher_folder,
             ewc_lambda=ewc_lambda,
             ewc_mode=mode,
             optim=optim,
@@ -120,6 +110,6 @@ def test_loss_mode_warns_of_steps_that_overshoot_and_proximal_does_not(base_fold
     for mode, expected in (("loss", 1), ("proximal", 0)):
         caplog.clear()
         training.ewc_trainer(
-            base_folder, tmp_path / mode, fisher=str(fisher_folder), ewc_lambda=1e3, ewc_mode=mode, optim="adamw_torch"
+            base_folder, tmp_path / mode, fisher=fisher_folder, ewc_lambda=1e3, ewc_mode=mode, optim="adamw_torch"
         ).train()
         assert sum("overshoot" in record.message for record in caplog.records) == expected

@@ -33,16 +33,6 @@ class OracleTrainer(SFTTrainer):
         )
 
 
-@pytest.fixture(scope="module")
-def fisher(base_folder):
-    return training.make_fisher(base_folder)
-
-
-@pytest.fixture(scope="module")
-def fisher_folder(fisher, tmp_path_factory):
-    return fisher.save_pretrained(tmp_path_factory.mktemp("fisher") / "f", codec="float32")
-
-
 def _oracle(base, fisher, out, **overrides):
     trainer = OracleTrainer(
         str(base), SFTConfig(**training.settings(out, weight_decay=0.0, **overrides)), train_dataset=training.make_rows()
@@ -52,7 +42,7 @@ def _oracle(base, fisher, out, **overrides):
 
 
 def _ours(base, fisher_folder, out, **overrides):
-    trainer = training.ewc_trainer(base, out, fisher=str(fisher_folder), ewc_lambda=LAMBDA, ewc_mode="loss", **overrides)
+    trainer = training.ewc_trainer(base, out, fisher=fisher_folder, ewc_lambda=LAMBDA, ewc_mode="loss", **overrides)
     trainer.train()
     return training.weights(trainer.model)
 
@@ -113,7 +103,7 @@ def test_a_ragged_last_window_takes_the_penalty_once(base_folder, fisher, fisher
     ).arm(base_folder, fisher)
     oracle.train()
     ours = training.ewc_trainer(
-        base_folder, tmp_path / "b", rows=rows, fisher=str(fisher_folder), ewc_lambda=LAMBDA, ewc_mode="loss", **overrides
+        base_folder, tmp_path / "b", rows=rows, fisher=fisher_folder, ewc_lambda=LAMBDA, ewc_mode="loss", **overrides
     )
     ours.train()
     assert oracle.state.global_step == ours.state.global_step >= 6

@@ -14,11 +14,6 @@ from hf_ewc import EWCConfig, EWCTrainer, FisherMismatchError
 METRICS = {"ewc/penalty", "ewc/kl_nats", "ewc/anchor_distance", "ewc/grad_ratio", "ewc/max_step"}
 
 
-@pytest.fixture(scope="module")
-def fisher(base_folder, tmp_path_factory):
-    return str(training.make_fisher(base_folder).save_pretrained(tmp_path_factory.mktemp("fisher") / "f"))
-
-
 @pytest.mark.parametrize("optim", ["adamw_torch", "paged_adamw_8bit"])
 def test_lambda_zero_is_bitwise_sft(base_folder, tmp_path, optim):
     plain = SFTTrainer(
@@ -33,7 +28,7 @@ def test_lambda_zero_is_bitwise_sft(base_folder, tmp_path, optim):
 
 
 @pytest.mark.parametrize("mode", ["loss", "proximal", "decoupled"])
-def test_eval_loss_excludes_the_penalty(base_folder, fisher, tmp_path, mode):
+def test_eval_loss_excludes_the_penalty(base_folder, fisher_folder, tmp_path, mode):
     """At equal weights, away from the anchor, λ changes nothing in evaluation, generation, or a forward without labels."""
     moved = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     with torch.no_grad():
@@ -49,7 +44,7 @@ def test_eval_loss_excludes_the_penalty(base_folder, fisher, tmp_path, mode):
                 **training.settings(
                     tmp_path / str(ewc_lambda),
                     ewc_lambda=ewc_lambda,
-                    fisher=fisher,
+                    fisher=fisher_folder,
                     ewc_mode=mode,
                     max_steps=1,
                     learning_rate=0.0,
@@ -66,7 +61,7 @@ def test_eval_loss_excludes_the_penalty(base_folder, fisher, tmp_path, mode):
 
 
 @pytest.mark.parametrize("mode", ["loss", "proximal", "decoupled"])
-def test_metrics_reach_every_reporter_on_logging_steps_only(base_folder, fisher, tmp_path, mode):
+def test_metrics_reach_every_reporter_on_logging_steps_only(base_folder, fisher_folder, tmp_path, mode):
     class Reporter(TrainerCallback):
         def __init__(self):
             self.seen = []
@@ -78,7 +73,7 @@ def test_metrics_reach_every_reporter_on_logging_steps_only(base_folder, fisher,
     reporter.seen = []
     trainer = EWCTrainer(
         str(base_folder),
-        EWCConfig(**training.settings(tmp_path, ewc_lambda=0.1, fisher=fisher, ewc_mode=mode, logging_steps=2)),
+        EWCConfig(**training.settings(tmp_path, ewc_lambda=0.1, fisher=fisher_folder, ewc_mode=mode, logging_steps=2)),
         train_dataset=training.make_rows(),
         callbacks=[reporter],
     )
@@ -89,8 +84,8 @@ def test_metrics_reach_every_reporter_on_logging_steps_only(base_folder, fisher,
     assert logged[0]["ewc/penalty"] == pytest.approx(0.1 * logged[0]["ewc/kl_nats"])
 
 
-def test_kl_nats_is_half_the_fisher_weighted_distance_per_scored_token(base_folder, fisher, tmp_path):
-    trainer = training.ewc_trainer(base_folder, tmp_path, fisher=fisher, ewc_lambda=0.1)
+def test_kl_nats_is_half_the_fisher_weighted_distance_per_scored_token(base_folder, fisher_folder, tmp_path):
+    trainer = training.ewc_trainer(base_folder, tmp_path, fisher=fisher_folder, ewc_lambda=0.1)
     trainer.train()
     anchor = training.weights(AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32))
     sums = trainer.ewc.controller.fisher
@@ -101,7 +96,7 @@ def test_kl_nats_is_half_the_fisher_weighted_distance_per_scored_token(base_fold
     assert trainer.ewc.controller.measure()["ewc/kl_nats"] == pytest.approx(by_hand, rel=1e-4)
 
 
-def _first_log_away_from_the_anchor(base, fisher, out, mode, ewc_lambda):
+def _first_log_away_from_the_anchor(base, fisher_folder, out, mode, ewc_lambda):
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with torch.no_grad():
         for param in model.parameters():
@@ -111,7 +106,7 @@ def _first_log_away_from_the_anchor(base, fisher, out, mode, ewc_lambda):
         out,
         model=model,
         anchor=str(base),
-        fisher=fisher,
+        fisher=fisher_folder,
         ewc_lambda=ewc_lambda,
         ewc_mode=mode,
         max_grad_norm=0.1,
@@ -122,33 +117,35 @@ def _first_log_away_from_the_anchor(base, fisher, out, mode, ewc_lambda):
 
 
 @pytest.mark.parametrize("moved", [0.0, 1e-3])
-def test_a_start_away_from_the_anchor_is_said(base_folder, fisher, tmp_path, caplog, moved):
+def test_a_start_away_from_the_anchor_is_said(base_folder, fisher_folder, tmp_path, caplog, moved):
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     with torch.no_grad():
         model.model.norm.weight.add_(moved)
-    training.ewc_trainer(base_folder, tmp_path, model=model, fisher=fisher, max_steps=1).train()
+    training.ewc_trainer(base_folder, tmp_path, model=model, fisher=fisher_folder, max_steps=1).train()
     assert ("away from the anchor" in caplog.text) == (moved > 0)
 
 
-def test_clipping_never_sees_the_penalty_in_the_default_mode(base_folder, fisher, tmp_path):
+def test_clipping_never_sees_the_penalty_in_the_default_mode(base_folder, fisher_folder, tmp_path):
     def norm(mode, ewc_lambda):
-        log = _first_log_away_from_the_anchor(base_folder, fisher, tmp_path / f"{mode}{ewc_lambda}", mode, ewc_lambda)
+        log = _first_log_away_from_the_anchor(base_folder, fisher_folder, tmp_path / f"{mode}{ewc_lambda}", mode, ewc_lambda)
         return log["grad_norm"]
 
     assert norm("proximal", 1e-6) == norm("proximal", 1e3)
     assert norm("loss", 1e3) > 10 * norm("loss", 1e-6)  # documented of `loss`: task and penalty are clipped as one
 
 
-def test_grad_ratio_compares_with_the_gradient_of_the_task_alone(base_folder, fisher, tmp_path):
+def test_grad_ratio_compares_with_the_gradient_of_the_task_alone(base_folder, fisher_folder, tmp_path):
     """Measured after the penalty had joined the gradient, the ratio of a strong penalty could never exceed 1."""
     modes = ("loss", "proximal")
-    logs = [_first_log_away_from_the_anchor(base_folder, fisher, tmp_path / mode, mode, 1e3) for mode in modes]
+    logs = [_first_log_away_from_the_anchor(base_folder, fisher_folder, tmp_path / mode, mode, 1e3) for mode in modes]
     assert logs[0]["ewc/grad_ratio"] == pytest.approx(logs[1]["ewc/grad_ratio"], rel=1e-4)
     assert logs[0]["ewc/grad_ratio"] > 10
 
 
-def test_the_penalty_acts_once_per_optimizer_step(base_folder, fisher, tmp_path):
-    trainer = training.ewc_trainer(base_folder, tmp_path, fisher=fisher, gradient_accumulation_steps=3, max_grad_norm=0.0)
+def test_the_penalty_acts_once_per_optimizer_step(base_folder, fisher_folder, tmp_path):
+    trainer = training.ewc_trainer(
+        base_folder, tmp_path, fisher=fisher_folder, gradient_accumulation_steps=3, max_grad_norm=0.0
+    )
     calls = []
     act = trainer.ewc.controller.after_optimizer_step
     trainer.ewc.controller.after_optimizer_step = lambda: (calls.append(trainer.state.global_step), act())
@@ -156,8 +153,8 @@ def test_the_penalty_acts_once_per_optimizer_step(base_folder, fisher, tmp_path)
     assert calls == list(range(trainer.state.global_step))
 
 
-def test_training_twice_does_not_move_the_anchor(base_folder, fisher, tmp_path):
-    trainer = training.ewc_trainer(base_folder, tmp_path, fisher=fisher)
+def test_training_twice_does_not_move_the_anchor(base_folder, fisher_folder, tmp_path):
+    trainer = training.ewc_trainer(base_folder, tmp_path, fisher=fisher_folder)
     trainer.train()
     first = [entry.anchor.clone() for entry in trainer.ewc.controller.protected]
     trainer.train()
@@ -165,18 +162,18 @@ def test_training_twice_does_not_move_the_anchor(base_folder, fisher, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_penalty_is_exactly_zero_before_the_first_step(base_folder, fisher, tmp_path, dtype, caplog):
+def test_the_penalty_is_exactly_zero_before_the_first_step(base_folder, fisher_folder, tmp_path, dtype, caplog):
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype)
-    trainer = training.ewc_trainer(base_folder, tmp_path, model=model, fisher=fisher, ewc_lambda=1e6)
+    trainer = training.ewc_trainer(base_folder, tmp_path, model=model, fisher=fisher_folder, ewc_lambda=1e6)
     trainer.create_optimizer()
     trainer.ewc.controller.bind(trainer.model, trainer.optimizer)
     assert trainer.ewc.controller.measure()["ewc/penalty"] == 0.0
     assert ("rounded away" in caplog.text) == (dtype != torch.float32)  # 16-bit weights lose small updates: said, once
 
 
-def test_saved_checkpoint_is_an_ordinary_model(base_folder, fisher, tmp_path):
+def test_saved_checkpoint_is_an_ordinary_model(base_folder, fisher_folder, tmp_path):
     trainer = training.ewc_trainer(
-        base_folder, tmp_path, fisher=fisher, ewc_lambda=0.5, ewc_mode="decoupled", save_strategy="steps", save_steps=3
+        base_folder, tmp_path, fisher=fisher_folder, ewc_lambda=0.5, ewc_mode="decoupled", save_strategy="steps", save_steps=3
     )
     trainer.train()
     trainer.save_model()
@@ -218,17 +215,17 @@ def test_a_parameter_without_fisher_is_an_error_unless_asked_for(base_folder, tm
     assert max(float((after[n] - before[n]).abs().max()) for n in after if n != name) < 1e-4
 
 
-def test_a_frozen_layer_stays_out_of_the_penalty(base_folder, fisher, tmp_path):
+def test_a_frozen_layer_stays_out_of_the_penalty(base_folder, fisher_folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     model.model.layers[0].requires_grad_(False)
-    trainer = training.ewc_trainer(base_folder, tmp_path, model=model, fisher=fisher)
+    trainer = training.ewc_trainer(base_folder, tmp_path, model=model, fisher=fisher_folder)
     trainer.train()
     names = {entry.name for entry in trainer.ewc.controller.protected}
     assert names == {name for name, param in model.named_parameters() if param.requires_grad}
 
 
-def test_a_compiled_model_is_covered_under_the_names_of_its_base(base_folder, fisher, tmp_path):
-    trainer = training.ewc_trainer(base_folder, tmp_path, fisher=fisher)
+def test_a_compiled_model_is_covered_under_the_names_of_its_base(base_folder, fisher_folder, tmp_path):
+    trainer = training.ewc_trainer(base_folder, tmp_path, fisher=fisher_folder)
     optimizer = trainer.create_optimizer()
     wrapped = torch.compile(trainer.model)  # compiles at the first forward, renames its parameters at once
     assert all(name.startswith("_orig_mod.") for name, _ in wrapped.named_parameters())
@@ -237,9 +234,9 @@ def test_a_compiled_model_is_covered_under_the_names_of_its_base(base_folder, fi
     assert trainer.ewc.controller.unprotected == []
 
 
-def test_a_weight_that_a_step_does_not_touch_is_pulled_back_all_the_same(base_folder, fisher, tmp_path):
+def test_a_weight_that_a_step_does_not_touch_is_pulled_back_all_the_same(base_folder, fisher_folder, tmp_path):
     """No gradient of the task (an expert that no token chose) is a gradient of 0, to which the penalty's is added."""
-    trainer = training.ewc_trainer(base_folder, tmp_path, fisher=fisher, ewc_lambda=2.0, ewc_mode="loss")
+    trainer = training.ewc_trainer(base_folder, tmp_path, fisher=fisher_folder, ewc_lambda=2.0, ewc_mode="loss")
     controller = trainer.ewc.controller
     controller.bind(trainer.model, trainer.create_optimizer())
     with torch.no_grad():
