@@ -67,7 +67,7 @@ class EWCTrainer(SFTTrainer):
                 "`peft_config` and `quantization_config` freeze the base weights, which then cannot forget: EWC has nothing to "
                 "protect. Remove them to train all parameters, or use `SFTTrainer` for an adapter. Nothing was trained."
             )
-        _check_rows(train_dataset, args, "train_dataset")
+        _check_rows(train_dataset, args, any_columns=kwargs.get("formatting_func") is not None)
         self.ewc = _make_callback(model, args)
         if isinstance(model, str):
             if self.ewc is not None and args.anchor is None and self.ewc.controller.base.revision is not None:
@@ -132,18 +132,18 @@ def _init_kwargs(args: EWCConfig) -> dict[str, Any]:
     return kwargs
 
 
-def _check_rows(dataset: Any, args: EWCConfig, name: str) -> None:
+def _check_rows(dataset: Any, args: EWCConfig, any_columns: bool) -> None:
     """TRL's own complaint about a missing text column is a KeyError deep inside tokenisation."""
     if dataset is None:
-        raise DataError(f"`{name}` is missing: EWCTrainer needs a `datasets.Dataset` or `IterableDataset` to train on.")
+        raise DataError("`train_dataset` is missing: EWCTrainer needs a `datasets.Dataset` or `IterableDataset` to train on.")
     row = next(iter(dataset), None)
     if row is None:
-        raise DataError(f"`{name}` is empty: there is nothing to train on.")
+        raise DataError("`train_dataset` is empty: there is nothing to train on.")
     known = (args.dataset_text_field, "messages", "prompt", "input_ids", "conversations")
-    if not any(column in row for column in known):
+    if not any_columns and not any(column in row for column in known):
         raise DataError(
-            f"`{name}` has no column `{args.dataset_text_field}`; its columns are {', '.join(row)}. Name the one that holds "
-            "the text in `dataset_text_field`. Nothing was trained."
+            f"`train_dataset` has no column `{args.dataset_text_field}`; its columns are {', '.join(row)}. Name the one that "
+            "holds the text in `dataset_text_field`. Nothing was trained."
         )
 
 

@@ -247,3 +247,14 @@ def test_a_weight_that_a_step_does_not_touch_is_pulled_back_all_the_same(base_fo
         drift = entry.param.detach() - entry.anchor.view_as(entry.param)
         expected = 2.0 * controller.fisher.per_token(entry.name) * drift
         torch.testing.assert_close(entry.param.grad, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_formatting_function_takes_rows_of_any_columns(base_folder, fisher_folder, tmp_path):
+    trainer = EWCTrainer(
+        str(base_folder),
+        EWCConfig(**training.settings(tmp_path, fisher=fisher_folder, max_steps=1)),
+        train_dataset=training.make_rows().rename_column("text", "body"),
+        formatting_func=lambda row: row["body"],
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1
