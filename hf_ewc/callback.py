@@ -98,8 +98,7 @@ class EWCCallback(TrainerCallback):
         processing_class = kwargs.get("processing_class")
         self.controller.fisher.check_base(self.controller.base, getattr(processing_class, "tokenizer", processing_class))
         self.controller.bind(kwargs["model"], kwargs["optimizer"])
-        distance = self.controller.measure()["ewc/anchor_distance"]
-        if state.global_step == 0 and distance > 0:
+        if state.global_step == 0 and (distance := self.controller.measure()["ewc/anchor_distance"]) > 0:
             logger.warning(
                 "Training starts %.3g away from the anchor %s: the penalty pulls back to the anchor, not to the starting "
                 "weights.",

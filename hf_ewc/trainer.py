@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -166,8 +167,17 @@ def _warn_of_lost_text(dataset: Any, args: EWCConfig) -> None:
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
     """
-    The newest checkpoint that was written to its end, or `None`. `trainer_state.json` is written last, so a folder without it
-    was being written when the job was killed; `transformers.trainer_utils.get_last_checkpoint` would choose it and fail.
+    The newest checkpoint that was written to its end, or `None`. `trainer_state.json` is written last, so a folder without a
+    whole one was being written when the job was killed; `transformers.trainer_utils.get_last_checkpoint` would choose it and
+    fail.
     """
-    folders = [p for p in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (p / TRAINER_STATE_NAME).is_file()]
-    return max(folders, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _is_complete(path)]
+    return max(folders, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True

@@ -31,7 +31,6 @@ from .records import check_recorded, content_of, describe, read_json, versions, 
 from .training import Progress, Rows, check_fisher, train_model
 
 # Training arguments that may change between the start and the end of a sweep without changing what is measured.
-# Training arguments that may change between the start and the end of a sweep without changing what is measured.
 _FREE = re.compile(
     "output_dir|fisher|run_name|project|disable_tqdm|report_to|ddp_timeout|push_to_hub|(log|save_|hub_|dataloader_|trackio_).*"
 )

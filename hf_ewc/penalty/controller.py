@@ -62,8 +62,9 @@ class EWCController:
         for a repeated `train()`: it reads the anchor from its files each time, never from the live weights.
         """
         params = dict(views.trainable_parameters(model))
-        shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-        shapes = {views.clean_name(name): shape for name, shape in shapes.items()}
+        # a frozen parameter needs no Fisher, but one that the Fisher holds must have its shape
+        named = {views.clean_name(name): param for name, param in model.named_parameters()}
+        shapes = {name: tuple(param.shape) for name, param in named.items() if name in params or name in self.fisher}
         uncovered = set(self.fisher.check_parameters(shapes, self.missing))
         self.unprotected = sorted(uncovered & params.keys())
         if self.unprotected:
@@ -73,6 +74,7 @@ class EWCController:
                 len(params),
                 self.unprotected,
             )
+        self.metrics()  # what a run that failed in the middle of a step had observed
         self._optimizer = metric.unwrap(optimizer)
         if self.mode == "proximal":
             metric.check_adam(self._optimizer)

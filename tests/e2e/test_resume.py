@@ -77,11 +77,11 @@ def test_a_killed_run_resumes_bitwise(base_folder, tmp_path, mode, optim):
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):
-    for step, complete in ((2, True), (10, True), (12, False)):
+    for step, state in ((2, "{}"), (10, "{}"), (12, None), (14, '{"epoch": 0.5, "log_hi')):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "model.safetensors").touch()
-        if complete:
-            (folder / "trainer_state.json").write_text("{}")
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
     assert last_complete_checkpoint(tmp_path).name == "checkpoint-10"
     assert last_complete_checkpoint(tmp_path / "nothing") is None

@@ -215,6 +215,16 @@ def test_a_parameter_without_fisher_is_an_error_unless_asked_for(base_folder, tm
     assert max(float((after[n] - before[n]).abs().max()) for n in after if n != name) < 1e-4
 
 
+def test_a_frozen_parameter_needs_no_fisher(base_folder, tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    partial = str(training.make_fisher(base_folder, drop=name).save_pretrained(tmp_path / "f"))
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    model.get_parameter(name).requires_grad_(False)
+    trainer = training.ewc_trainer(base_folder, tmp_path, model=model, fisher=partial, max_steps=1)
+    trainer.train()
+    assert trainer.ewc.controller.unprotected == []
+
+
 def test_a_frozen_layer_stays_out_of_the_penalty(base_folder, fisher_folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     model.model.layers[0].requires_grad_(False)
