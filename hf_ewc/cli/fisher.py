@@ -56,7 +56,8 @@ def run(argv: list[str]) -> int:
     from .output import claim, refuse_same_folder
 
     script, config = parse("fisher", argv, FisherScript, FisherConfig, defaults=beside_output)
-    out, partial = Path(script.output_dir), Path(config.work_dir)
+    out = Path(script.output_dir)
+    partial = Path(config.work_dir or f"{out}.partial")  # `work_dir: null` asks for an estimate that cannot be resumed
     refuse_same_folder(out, model=script.model)
     if config.resume and (out / "fisher_config.json").is_file():
         print(f"Nothing to resume: {out} holds a finished Fisher. To estimate it again, use `--overwrite`.")
