@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .anchor import AnchorTensors
 from .base import BaseModel, tokenizer_sha256
-from .manifest import EstimatorRecord, Manifest, ProbeRecord
+from .manifest import EstimatorRecord, Manifest, ProbeRecord, StabilityRecord
 from .store import FisherInformation
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "FisherInformation",
     "Manifest",
     "ProbeRecord",
+    "StabilityRecord",
     "tokenizer_sha256",
 ]

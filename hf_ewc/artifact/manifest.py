@@ -7,13 +7,13 @@ import json
 import math
 import types
 import typing
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from ..errors import FisherFormatError
 from .base import BaseModel
 
-SCHEMA = 1
+SCHEMA = 2  # 1 lacks fields that all have defaults, so that both are read
 REDUCTIONS = ("sum", "mean_per_scored_token")
 
 
@@ -32,6 +32,9 @@ class ProbeRecord:
         scored_tokens (`int`): scored tokens of those examples.
         dropped (`int`, *optional*, defaults to 0): examples left out for NaN or infinite gradients.
         weight (`float`, *optional*, defaults to 1.0): share in a mixture, see [`FisherInformation.mix`].
+        name (`str`, *optional*): what a mixture calls it.
+        task (`str`, *optional*): task of lm-evaluation-harness, for `kind="lm_eval"`.
+        num_fewshot (`int`, *optional*): worked examples in front of each prompt, for `kind="lm_eval"`.
     """
 
     kind: str
@@ -45,6 +48,29 @@ class ProbeRecord:
     scored_tokens: int
     dropped: int = 0
     weight: float = 1.0
+    name: str | None = None
+    task: str | None = None
+    num_fewshot: int | None = None
+
+
+@dataclass(kw_only=True)
+class StabilityRecord:
+    """
+    How well the Fishers of two halves of the examples agree: 1.0 is perfectly. Tells whether more examples would change much.
+
+    Args:
+        examples (`int`): examples that were used by then, both halves together.
+        correlation (`float`): Pearson correlation of log F between the halves, over sampled weights.
+        overlap (`float`): share of the top 1 % of weights that both halves agree on.
+        groups (`dict[str, float]`): the correlation by layer and group (`"layer 3 mlp"`, `"embedding"`).
+        probe (`str`, *optional*): of which probe of a mixture.
+    """
+
+    examples: int
+    correlation: float
+    overlap: float
+    groups: dict[str, float]
+    probe: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -62,6 +88,14 @@ class EstimatorRecord:
         accumulation_dtype, model_dtype (`str`, *optional*): of the sums, and of the model's weights.
         seed, max_length (`int`, *optional*): of the draw of examples, and of the longest one.
         path (`str`, *optional*, defaults to `"one_by_one"`): which implementation ran.
+        fallback (`list[str]`, *optional*): parameters that the batched path left to the one-by-one path.
+        self_check (`float`, *optional*): largest disagreement of the batched with the one-by-one path on the first batch,
+            ‖√S − √S′‖ / ‖√S′‖, over the parameters that it was used for.
+        draws (`int`, *optional*): label draws per example, for `labels="sampled"`.
+        batch_size (`int`, *optional*): examples per square, for `granularity="batch"`.
+        trace_stderr (`float`, *optional*): standard error of the trace over its value, from the scatter of the batches, for
+            `granularity="batch"`.
+        stability (`list[StabilityRecord]`, *optional*): split-half figures at doubling counts.
     """
 
     labels: str = "empirical"
@@ -73,6 +107,12 @@ class EstimatorRecord:
     seed: int | None = None
     path: str = "one_by_one"
     max_length: int | None = None
+    fallback: list[str] = field(default_factory=list)
+    self_check: float | None = None
+    draws: int | None = None
+    batch_size: int | None = None
+    trace_stderr: float | None = None
+    stability: list[StabilityRecord] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -118,7 +158,7 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON's content, `digest` included."""
-        data = {field.name: getattr(self, field.name) for field in fields(self)}
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
         data["base_model"] = self.base_model.to_dict()
         data["probes"] = [asdict(probe) for probe in self.probes]
         for name in ("estimator", "storage", "totals"):
@@ -156,10 +196,11 @@ class Manifest:
         schema = data.get("schema")
         if isinstance(schema, int) and schema > SCHEMA:
             raise FisherFormatError(
-                f"the Fisher '{source}' has schema {schema} and needs a newer hf_ewc; this version reads schema {SCHEMA}. "
+                f"the Fisher '{source}' has schema {schema} and needs a newer hf_ewc; this version reads up to {SCHEMA}. "
                 "Upgrade with `pip install -U hf_ewc`. Nothing was loaded."
             )
         recorded = data.pop("digest", None)
+        computed = digest_of(data)  # of what is in the file, not of what this version would write
         problems: list[str] = []
         shapes = data.get("parameters")
         if isinstance(shapes, dict) and all(isinstance(v, dict) and list(v) == ["shape"] for v in shapes.values()):
@@ -167,21 +208,22 @@ class Manifest:
         manifest = _parse(cls, data, "", problems)
         if not problems:
             problems += manifest.problems()
-            if recorded != manifest.digest:
+            if recorded != computed:
                 problems.append(
-                    f"digest recorded {recorded}, computed {manifest.digest}: it was edited after it was written, so it no "
+                    f"digest recorded {recorded}, computed {computed}: it was edited after it was written, so it no "
                     "longer says what was measured"
                 )
         if problems:
             raise _unusable(source, problems)
+        manifest.schema = SCHEMA
         return manifest
 
     def problems(self) -> list[str]:
         """Values of the right type that still make no sense."""
         found = []
         estimator = self.estimator
-        if self.schema != SCHEMA:
-            found.append(f"schema is {self.schema}, this version reads {SCHEMA}")
+        if self.schema not in (1, SCHEMA):
+            found.append(f"schema is {self.schema}, this version reads 1 to {SCHEMA}")
         if estimator.reduction not in REDUCTIONS:
             found.append(f"estimator.reduction is '{estimator.reduction}', not one of {', '.join(REDUCTIONS)}")
         if not (math.isfinite(estimator.normalizer) and estimator.normalizer > 0):
@@ -226,9 +268,9 @@ def _parse(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
         return {key: _parse(arguments[1], item, f"{where}.{key}".strip("."), problems) for key, item in value.items()}
     if hasattr(kind, "__dataclass_fields__") and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
-        known = {field.name: field for field in fields(kind) if field.name != "folder"}
+        known = {f.name: f for f in fields(kind) if f.name != "folder"}
         problems += [f"unknown field `{where}.{key}`".replace("`.", "`") for key in value if key not in known]
-        absent = [name for name, field in known.items() if name not in value and field.default is MISSING]
+        absent = [n for n, f in known.items() if n not in value and f.default is MISSING and f.default_factory is MISSING]
         problems += [f"field `{where}.{name}` is missing".replace("`.", "`") for name in absent]
         parts = {k: _parse(hints[k], v, f"{where}.{k}".strip("."), problems) for k, v in value.items() if k in known}
         return kind(**parts) if not problems else None

@@ -26,6 +26,13 @@ COMMANDS = {
     "env": "versions, devices and settings, for bug reports",
 }
 
+# second words: `hf-ewc fisher convert` is `cli/fisher_convert.py`
+SUBCOMMANDS = {
+    "fisher convert": "store a Fisher with another codec, and see what that costs",
+    "fisher fold": "several Fishers with their anchors become one",
+    "fisher import": "make a Fisher from the Adam state of a checkpoint, as an approximation",
+}
+
 # How an interrupted run goes on. The others start again quickly.
 CONTINUE = {"fisher": " --resume", "train": " --resume", "sweep": "", "demo": " --resume"}
 
@@ -56,11 +63,14 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"Did you mean `hf-ewc {close[0]}`?" if close else f"The commands are {', '.join(COMMANDS)}."
         print(f"hf-ewc: there is no command `{name}`. {hint}", file=sys.stderr)
         return 2
-    command = importlib.import_module(f".{name}", __package__)
+    argv = argv[1:]
+    if argv and f"{name} {argv[0]}" in SUBCOMMANDS:
+        name, argv = f"{name} {argv[0]}", argv[1:]
+    command = importlib.import_module(f".{name.replace(' ', '_')}", __package__)
     if "-h" in argv or "--help" in argv:
         print(command.HELP, end="")
         return 0
-    return guarded(name, command.run, argv[1:])
+    return guarded(name, command.run, argv)
 
 
 def guarded(name: str, run: Callable[[list[str]], int], argv: list[str]) -> int:

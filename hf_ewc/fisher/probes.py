@@ -48,10 +48,14 @@ class Example:
         labels (`list[int]`):
             As long as `input_ids`. `labels[t]` is the token *at* position t (the model's prediction at t − 1 is scored against
             it, the shift happens later, as in transformers), or -100 where nothing is scored. `labels[0]` is always -100.
+        options (`tuple[Example, ...]`):
+            For `labels: options`, every answer option as an example of its own (same prompt, scored continuation), the right
+            one included; otherwise empty.
     """
 
     input_ids: list[int]
     labels: list[int]
+    options: tuple[Example, ...] = ()
 
     @property
     def scored(self) -> int:

@@ -199,9 +199,23 @@ def test_an_edited_manifest_is_refused(folder):
     refused(folder, "digest recorded", "it was edited after it was written")
 
 
+def test_schema_1_which_lacks_later_fields_is_still_read(folder):
+    def older(data):
+        data["schema"] = 1
+        for name in ("fallback", "self_check", "draws", "batch_size", "trace_stderr", "stability"):
+            del data["estimator"][name]
+        for probe in data["probes"]:
+            for name in ("name", "task", "num_fewshot"):
+                del probe[name]
+
+    edit(folder, older)
+    estimator = FisherInformation.from_pretrained(folder).manifest.estimator
+    assert (estimator.fallback, estimator.self_check) == ([], None)
+
+
 def test_a_newer_schema_asks_for_a_newer_version(folder):
-    edit(folder, lambda data: data.update(schema=2, novelty=True))
-    refused(folder, "schema 2", "needs a newer hf_ewc", "pip install -U hf_ewc")
+    edit(folder, lambda data: data.update(schema=3, novelty=True))
+    refused(folder, "schema 3", "needs a newer hf_ewc", "pip install -U hf_ewc")
 
 
 @pytest.mark.parametrize(

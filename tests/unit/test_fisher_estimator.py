@@ -259,4 +259,4 @@ def test_a_probe_of_another_tokenizer_is_refused_before_it_runs(base_folder):
 
 def test_all_wrong_settings_are_reported_before_anything_is_loaded():
     with pytest.raises(ConfigError, match=r"(?s)granularity.*max_dropped"):
-        estimate_fisher("nowhere", FisherConfig(granularity="batch", max_dropped=2.0))
+        estimate_fisher("nowhere", FisherConfig(granularity="layer", max_dropped=2.0))

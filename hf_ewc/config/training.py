@@ -1,0 +1,121 @@
+"""[`EWCConfig`]: TRL's `SFTConfig`, and what Elastic Weight Consolidation adds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import SFTConfig
+
+from .checks import choice, raise_problems
+
+MODES = ("loss", "proximal", "decoupled")
+
+
+@dataclass
+class EWCConfig(SFTConfig):
+    r"""
+    Configuration of [`EWCTrainer`]: all of TRL's [`~trl.SFTConfig`], and what Elastic Weight Consolidation adds.
+
+    The one dial is `ewc_lambda`. As the Fisher is normalised per scored token, λ = 1 means: one nat of (approximate) divergence
+    from the base per token of old text costs as much as one nat of loss per token of new text.
+
+    Parameters:
+        > Parameters that control the penalty λ/2 · Σᵢ Fᵢ (θᵢ − θ*ᵢ)²
+
+        ewc_lambda (`float`, *optional*, defaults to `1.0`):
+            Strength λ ≥ 0. 0 is exactly `SFTTrainer`. Raise it to keep more, lower it to learn more.
+        fisher (`str`, *optional*):
+            Folder (or, later, Hub dataset repo) written by [`FisherInformation.save_pretrained`]. Required when λ > 0.
+        fisher_revision (`str`, *optional*):
+            Branch, tag or commit of the Fisher on the Hub.
+        ewc_mode (`str`, *optional*, defaults to `"proximal"`):
+            Where the penalty acts. `"loss"`: its gradient joins the task's before clipping, the paper's form; unstable once
+            lr · λ · F exceeds 2. `"proximal"`: an implicit step after the optimizer's, in Adam's metric: same fixed point as
+            `loss`, stable for every λ, and clipping never sees the penalty. `"decoupled"`: the implicit step in the identity
+            metric, for any optimizer (relates to `loss` as AdamW to L2).
+        anchor (`str`, *optional*):
+            Model id or folder of θ*. Defaults to the base model that is being trained. It is read from its files, never from
+            the weights in memory, so that resuming does not move it.
+        anchor_revision (`str`, *optional*):
+            Branch, tag or commit of the anchor.
+        ewc_missing (`str`, *optional*, defaults to `"error"`):
+            What to do with trainable parameters that the Fisher does not hold (or holds in another shape): `"error"`, or
+            `"ignore"` to leave them unpenalised.
+
+        > Defaults that differ from SFTConfig
+
+        optim (`str`, *optional*, defaults to `"paged_adamw_8bit"`):
+            bitsandbytes' 8-bit Adam with paged state; on a CPU the same without paging.
+        weight_decay (`float`, *optional*, defaults to `0.0`):
+            Weight decay pulls to 0 while EWC pulls to the anchor: keep it 0 unless you mean it.
+        bf16 (`bool`, *optional*):
+            Mixed precision; where it is not set, on if the accelerator has it (TRL turns it on everywhere).
+    """
+
+    ewc_lambda: float = field(default=1.0, metadata={"help": "Strength λ of the penalty; 0 is plain SFT."})
+    fisher: str | None = field(default=None, metadata={"help": "Folder or Hub dataset repo of the Fisher."})
+    fisher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the Fisher."})
+    ewc_mode: str = field(default="proximal", metadata={"help": "Where the penalty acts.", "choices": list(MODES)})
+    anchor: str | None = field(default=None, metadata={"help": "Model id or folder of θ*; default: the base model."})
+    anchor_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the anchor."})
+    ewc_missing: str = field(
+        default="error",
+        metadata={"help": "Trainable parameters without Fisher: error or ignore.", "choices": ["error", "ignore"]},
+    )
+    optim: str = field(default="paged_adamw_8bit", metadata={"help": "Optimizer; 8-bit paged Adam by default."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay; it pulls to 0, EWC to the anchor."})
+
+    def __post_init__(self) -> None:
+        # TRL turns bf16 on wherever it is not mentioned, and then fails on machines that cannot do it
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = not self.use_cpu and is_torch_bf16_gpu_available()
+        super().__post_init__()
+
+    def problems(self) -> list[str]:
+        found = penalty_problems(self.ewc_lambda, self.ewc_mode, self.ewc_missing)
+        if self.ewc_lambda > 0 and self.fisher is None:
+            found.append(
+                "`fisher` is missing: EWC with λ > 0 needs the Fisher information of the base model. Estimate it "
+                "(`hf-ewc fisher …`) and name its folder, or set `ewc_lambda: 0` for plain fine-tuning."
+            )
+        return found + training_problems(self)
+
+    def check(self) -> None:
+        raise_problems("This EWC configuration cannot run", self.problems())
+
+
+def penalty_problems(ewc_lambda: float, mode: str, missing: str) -> list[str]:
+    """Problems of the penalty's own settings, shared by [`EWCConfig`] and [`EWCCallback`]."""
+    found = []
+    if not isinstance(ewc_lambda, (int, float)) or math.isnan(ewc_lambda) or ewc_lambda < 0 or math.isinf(ewc_lambda):
+        found.append(
+            f"`ewc_lambda` must be a finite number ≥ 0, got {ewc_lambda}: a negative λ would push the weights away from the "
+            "base. Usual values lie between 0.1 and 1000."
+        )
+    found += choice("ewc_mode", mode, MODES)
+    found += choice("ewc_missing", missing, ("error", "ignore"))
+    return found
+
+
+def training_problems(args: Any) -> list[str]:
+    """Settings of any `TrainingArguments` under which the penalty would be silently wrong."""
+    found = []
+    optim = str(getattr(args.optim, "value", args.optim))
+    if args.fp16:
+        found.append("`fp16: true` scales gradients and skips steps behind the penalty's back; use `bf16: true` or neither.")
+    if "lomo" in optim or optim.endswith("_layerwise") or getattr(args, "galore_layerwise", False):
+        found.append(
+            f"`optim: {optim}` updates each layer inside the backward pass, so there is no moment at which the penalty could "
+            "act. Use `paged_adamw_8bit` or `adamw_torch`."
+        )
+    if getattr(args, "deepspeed", None):
+        found.append(
+            "DeepSpeed steps inside `backward`, where this version's penalty would be a silent no-op. Remove `deepspeed`; "
+            "single process and DDP are supported."
+        )
+    if getattr(args, "fsdp", None):
+        found.append("FSDP shards the parameters, which this version does not support yet. Remove `fsdp`; DDP is supported.")
+    return found
