@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate.state import GradientState
@@ -23,6 +23,7 @@ from .penalty import EWCController, Protected
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "ewc_state.json"
+FisherSource: TypeAlias = str | Path | FisherInformation
 
 
 class EWCCallback(TrainerCallback):
@@ -39,11 +40,13 @@ class EWCCallback(TrainerCallback):
     [`EWCTrainer`] does the same with the checks made before the model is loaded; prefer it for supervised fine-tuning.
 
     Args:
-        fisher (`str` or [`FisherInformation`]): the artifact, or its folder.
+        fisher (`str` or [`FisherInformation`], or a list of them): the artifact, or its folder. Several, oldest task first, are
+            folded into one ([`FisherInformation.fold`]); the model that is trained must be the base of the last.
         ewc_lambda (`float`, *optional*, defaults to 1.0): λ; 0 switches everything off.
         mode (`str`, *optional*, defaults to `"proximal"`): `"loss"`, `"proximal"` or `"decoupled"`.
         anchor (`str`, *optional*): model id or folder of θ*; defaults to the base model that the Fisher names.
-        anchor_revision, fisher_revision (`str`, *optional*): branch, tag or commit.
+        anchor_revision, fisher_revision (`str`, *optional*): branch, tag or commit; `fisher_revision` for a single Fisher only.
+        fisher_decay (`float`, *optional*, defaults to 1.0): weakens each Fisher of a list once per later one.
         missing (`str`, *optional*, defaults to `"error"`): `"ignore"` leaves parameters that the Fisher lacks unpenalised.
 
     Raises:
@@ -62,21 +65,24 @@ class EWCCallback(TrainerCallback):
 
     def __init__(
         self,
-        fisher: str | Path | FisherInformation,
+        fisher: FisherSource | Sequence[FisherSource],
         ewc_lambda: float = 1.0,
         mode: str = "proximal",
         *,
         anchor: str | None = None,
         anchor_revision: str | None = None,
         fisher_revision: str | None = None,
+        fisher_decay: float = 1.0,
         missing: str = "error",
     ) -> None:
-        raise_problems("This EWC callback cannot run", penalty_problems(ewc_lambda, mode, missing))
-        if not isinstance(fisher, FisherInformation):
-            fisher = FisherInformation.from_pretrained(fisher, revision=fisher_revision)
-        base = fisher.manifest.base_model.located() if anchor is None else BaseModel.resolve(anchor, anchor_revision)
-        fisher.check_base(base)
-        self.controller = EWCController(fisher, base, float(ewc_lambda), mode, missing)
+        problems = penalty_problems(ewc_lambda, mode, missing, fisher, fisher_revision, fisher_decay)
+        raise_problems("This EWC callback cannot run", problems)
+        base = BaseModel.resolve(anchor, anchor_revision) if anchor is not None else None
+        loaded = load_fisher(fisher, fisher_revision, fisher_decay, base)
+        if base is None:
+            base = loaded.manifest.base_model if loaded.has_own_anchor else loaded.manifest.base_model.located()
+        loaded.check_base(base)
+        self.controller = EWCController(loaded, base, float(ewc_lambda), mode, missing)
         self.driven_by_trainer = False  # EWCTrainer calls `gradients_ready` itself, in `training_step`
         self._hooks: list[Any] = []
         self._acted: set[str] = set()  # mode `loss`: parameters whose hook already acted in this optimizer step
@@ -98,13 +104,8 @@ class EWCCallback(TrainerCallback):
         processing_class = kwargs.get("processing_class")
         self.controller.fisher.check_base(self.controller.base, getattr(processing_class, "tokenizer", processing_class))
         self.controller.bind(kwargs["model"], kwargs["optimizer"])
-        if state.global_step == 0 and (distance := self.controller.measure()["ewc/anchor_distance"]) > 0:
-            logger.warning(
-                "Training starts %.3g away from the anchor %s: the penalty pulls back to the anchor, not to the starting "
-                "weights.",
-                distance,
-                self.controller.base.id,
-            )
+        if state.global_step == 0:
+            self._report_start()
         self._remove_hooks()
         if self.controller.mode == "loss" and not self.driven_by_trainer:
             self._hooks = [e.param.register_post_accumulate_grad_hook(self._hook(e)) for e in self.controller.protected]
@@ -160,6 +161,26 @@ class EWCCallback(TrainerCallback):
             if self.controller.mode == "loss":
                 self.controller.add_to_gradients()
 
+    def _report_start(self) -> None:
+        """Training usually starts at the anchor. Say where it does not: a mistake, or a folded anchor between bases."""
+        start = self.controller.measure()
+        if fold := self.controller.fisher.has_own_anchor and self.controller.fisher.manifest.fold:
+            logger.info(
+                "The anchor lies between the bases of %d folded Fishers, %.3g away from the starting weights, and the penalty "
+                "starts at λ · %.3g nats per token. (The penalties side by side would read λ · %.3g more, throughout.)",
+                len(fold.pairs),
+                start["ewc/anchor_distance"],
+                start["ewc/kl_nats"],
+                fold.constant,
+            )
+        elif start["ewc/anchor_distance"] > 0:
+            logger.warning(
+                "Training starts %.3g away from the anchor %s: the penalty pulls back to the anchor, not to the starting "
+                "weights.",
+                start["ewc/anchor_distance"],
+                self.controller.base.id,
+            )
+
     def _hook(self, entry: Protected) -> Callable[[torch.Tensor], None]:
         def act(_: torch.Tensor) -> None:
             # only after the last micro-batch of the accumulation window, and once even if a checkpointed layer accumulates
@@ -176,6 +197,26 @@ class EWCCallback(TrainerCallback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+
+def load_fisher(
+    fisher: FisherSource | Sequence[FisherSource], revision: str | None, decay: float, base: BaseModel | None = None
+) -> FisherInformation:
+    """
+    What a setting `fisher` names, checked and in one piece.
+
+    Args:
+        fisher (`str`, `Path` or [`FisherInformation`], or a list of them): several are folded, oldest first.
+        revision (`str`, *optional*): of a single Fisher.
+        decay (`float`): see [`FisherInformation.fold`].
+        base ([`BaseModel`], *optional*): the model that training starts from; found without its id by those measured at it.
+    """
+    if isinstance(fisher, FisherInformation):
+        return fisher
+    if isinstance(fisher, (str, Path)):
+        return FisherInformation.from_pretrained(fisher, revision=revision)
+    parts = [load_fisher(each, revision, decay) for each in fisher]
+    return FisherInformation.fold(parts, decay, [base] if base else [])
 
 
 def logs_after_this_step(args: TrainingArguments, state: TrainerState) -> bool:

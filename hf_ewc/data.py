@@ -20,6 +20,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_f
 from datasets.exceptions import DatasetsError
 from datasets.table import InMemoryTable
 from huggingface_hub import HfApi
+from huggingface_hub.errors import RevisionResolutionError
 
 from .errors import DataError
 
@@ -173,8 +174,9 @@ def resolve_dataset_revision(dataset: str, revision: str | None) -> str | None:
     if Path(dataset).exists():
         return None
     try:
-        return str(HfApi().resolve_revision(dataset, repo_type="dataset", revision=revision))
-    except (OSError, ValueError):  # `load_rows` reports what is wrong, or finds the dataset in its own cache
+        return HfApi().resolve_revision(dataset, repo_type="dataset", revision=revision).resolved  # as a string it is the name
+    except (RevisionResolutionError, OSError, ValueError):
+        # `load_rows` reports what is wrong, or finds the dataset in its own cache.
         return revision
 
 

@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
+from .artifact import FisherInformation
 from .callback import EWCCallback, check_model, output_folder, write_state
 from .config import EWCConfig
 from .errors import ConfigError, DataError
@@ -32,6 +33,7 @@ class EWCTrainer(SFTTrainer):
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]): base model id, folder, or model that was loaded from one.
         args ([`EWCConfig`]): all settings; `ewc_lambda`, `fisher` and `ewc_mode` are the ones that matter.
+        fisher ([`FisherInformation`], *optional*): in place of `args.fisher`, one that is in memory or was loaded before.
         train_dataset, eval_dataset, processing_class, ...: as in `SFTTrainer`, except `peft_config`, which is refused.
 
     Raises:
@@ -58,18 +60,20 @@ class EWCTrainer(SFTTrainer):
         data_collator: Any = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Any = None,
+        *,
+        fisher: FisherInformation | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(args, EWCConfig):
             raise ConfigError(f"`args` must be an `EWCConfig` (it names λ and the Fisher), got `{type(args).__name__}`.")
-        args.check()
+        args.check(loaded=fisher is not None)
         if kwargs.get("peft_config") is not None or kwargs.get("quantization_config") is not None:
             raise ConfigError(
                 "`peft_config` and `quantization_config` freeze the base weights, which then cannot forget: EWC has nothing to "
                 "protect. Remove them to train all parameters, or use `SFTTrainer` for an adapter. Nothing was trained."
             )
         _check_rows(train_dataset, args, any_columns=kwargs.get("formatting_func") is not None)
-        self.ewc = _make_callback(model, args)
+        self.ewc = _make_callback(model, args, fisher)
         if isinstance(model, str):
             if self.ewc is not None and args.anchor is None and self.ewc.controller.base.revision is not None:
                 # the very commit that the anchor is read from, even if `main` moves meanwhile
@@ -104,7 +108,7 @@ class EWCTrainer(SFTTrainer):
             write_state(folder, self.state.global_step, state)
 
 
-def _make_callback(model: str | PreTrainedModel, args: EWCConfig) -> EWCCallback | None:
+def _make_callback(model: str | PreTrainedModel, args: EWCConfig, fisher: FisherInformation | None) -> EWCCallback | None:
     """Load and check Fisher and anchor, before any weights are loaded for training; `None` for λ = 0."""
     if args.ewc_lambda == 0:
         return None
@@ -114,14 +118,16 @@ def _make_callback(model: str | PreTrainedModel, args: EWCConfig) -> EWCCallback
             "The model was built in memory and names no files to read the anchor θ* from. Save it "
             "(`model.save_pretrained(folder)`) and pass the folder as `model`, or name the base model as `anchor`."
         )
-    assert args.fisher is not None  # `args.check()` saw to it
+    source = args.fisher if fisher is None else fisher
+    assert source is not None  # `args.check()` saw to it
     return EWCCallback(
-        args.fisher,
+        source,
         args.ewc_lambda,
         args.ewc_mode,
         anchor=args.anchor or model_id,
         anchor_revision=args.anchor_revision or (_init_kwargs(args).get("revision") if args.anchor is None else None),
-        fisher_revision=args.fisher_revision,
+        fisher_revision=args.fisher_revision if fisher is None else None,
+        fisher_decay=args.fisher_decay if fisher is None else 1.0,
         missing=args.ewc_missing,
     )
 

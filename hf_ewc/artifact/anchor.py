@@ -1,17 +1,26 @@
-"""θ* read back from the base model's own files, slice by slice."""
+"""
+θ* read slice by slice: from the base model's own files, or, for a fold of Fishers with different bases, from the files that lie
+beside its F.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ..errors import FisherMismatchError
 from .base import BaseModel, weight_files
-from .files import Index, Reader, TensorFiles, reader_of
+from .files import Index, Reader, TensorFiles, reader_of, sha256_file
+from .manifest import Manifest
+from .records import ShardRecord
 
 logger = logging.getLogger(__name__)
 
@@ -68,3 +77,68 @@ class AnchorTensors:
             index (`tuple[slice, ...]`, *optional*): slices of the leading dimensions; a shard of the parameter.
         """
         return self._read(name, index)
+
+
+class FoldedAnchor:
+    """
+    The anchor θ̄ of a folded Fisher, which is no model's weights; read like [`AnchorTensors`], in float32.
+
+    Args:
+        read (`Callable`): name and slices → values.
+        sha (`str`): fingerprint; that of the Fisher, which covers its anchor.
+    """
+
+    def __init__(self, read: Reader, sha: str) -> None:
+        self._read, self.sha = read, sha
+
+    def read(self, name: str, index: Index | None = None) -> Tensor:
+        """Return θ̄ of parameter `name`, or of its part `index`, as float32 and in memory of its own."""
+        return self._read(name, index)
+
+
+def write_anchor(manifest: Manifest, read: Reader, folder: Path, plan: list[list[str]]) -> Manifest:
+    """
+    Write θ̄ of a folded Fisher beside its F. The names of the files are such that no library takes them for a model.
+
+    Args:
+        plan (`list[list[str]]`): the parameters of each file.
+
+    Returns:
+        [`Manifest`]: the same with the files' hashes.
+    """
+    assert manifest.fold is not None
+    files = {}
+    for number, names in enumerate(plan, start=1):
+        path = folder / f"anchor-{number:05d}-of-{len(plan):05d}.safetensors"
+        save_file({name: read(name, None).contiguous() for name in names}, path, metadata={"format": "hf_ewc.anchor"})
+        files[path.name] = ShardRecord(sha256=sha256_file(path), size=path.stat().st_size)
+    return replace(manifest, fold=replace(manifest.fold, anchor=files))
+
+
+def anchor_files(folder: Path, manifest: Manifest) -> TensorFiles | None:
+    """The stored anchor of a Fisher folder; `None` where the base model's weights are the anchor."""
+    if manifest.fold is None or manifest.fold.anchor is None:
+        return None
+    return TensorFiles(folder / name for name in manifest.fold.anchor)
+
+
+def anchor_problems(folder: Path, manifest: Manifest) -> list[str]:
+    """What is wrong with the tensors of a stored anchor, whose files are whole and have the recorded hashes."""
+    try:
+        files = anchor_files(folder, manifest)
+    except SafetensorError as error:
+        return [str(error)]
+    if files is None:
+        return []
+    found = [
+        f"{key} is in {files.home[key].name} but not in the manifest" for key in files.headers.keys() - manifest.parameters
+    ]
+    for name, shape in manifest.parameters.items():
+        stored = files.headers.get(name)
+        if stored is None:
+            found.append(f"the anchor of {name} {shape} is in no file")
+        elif stored != ("F32", shape):
+            found.append(f"the anchor of {name} is {stored[0]} {stored[1]}, recorded is F32 {shape}")
+        elif bad := int((~files.read(name).isfinite()).sum()):
+            found.append(f"the anchor of {name} has {bad} values that are NaN or infinite")
+    return found

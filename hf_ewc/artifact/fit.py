@@ -50,6 +50,11 @@ def check_base(manifest: Manifest, source: str, base: BaseModel, tokenizer: Any 
             "The weights are the same, but another tokenizer gives other token ids, so the Fisher would protect other text "
             "than it was measured on. Use the base model's own tokenizer, unchanged"
         )
+    elif manifest.fold and any(pair.base_sha256 == base.fingerprint for pair in manifest.fold.pairs):
+        reason = (
+            "It was folded from several Fishers, and this model is the base of an older one. Training goes on from the base of "
+            f"the newest, '{own.label}', which comes last: list the Fishers from oldest to newest, or train from that model"
+        )
     else:
         reason = (
             "A Fisher says nothing about weights other than those it was measured at, even where the shapes agree. Train "

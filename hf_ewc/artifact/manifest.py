@@ -12,8 +12,10 @@ from typing import Any
 
 from ..errors import FisherFormatError
 from .base import BaseModel
+from .records import FoldRecord, ShardRecord
 
 SCHEMA = 2  # 1 lacks fields that all have defaults, so that both are read
+ADAM_PATH = "adam_exp_avg_sq"  # `EstimatorRecord.path` of an imported Adam state, which is no measurement
 REDUCTIONS = ("sum", "mean_per_scored_token")
 
 
@@ -116,18 +118,11 @@ class EstimatorRecord:
 
 
 @dataclass(kw_only=True)
-class ShardRecord:
-    """One safetensors file: its hash and its size in bytes."""
-
-    sha256: str
-    size: int
-
-
-@dataclass(kw_only=True)
 class Storage:
-    """How the values lie on disk: the codec's name, and the files."""
+    """How the values lie on disk: the codec's name, how many values share a scale (log8), and the files."""
 
     codec: str
+    block: int | None = None
     shards: dict[str, ShardRecord]
 
 
@@ -144,7 +139,7 @@ class Totals:
 class Manifest:
     """
     Everything about a Fisher but its values. Fields as in `fisher_config.json`; `parameters` maps each parameter to
-    its shape, in the order of `named_parameters()`.
+    its shape, in the order of `named_parameters()`; `fold` is there for folded Fishers only.
     """
 
     schema: int = SCHEMA
@@ -155,16 +150,23 @@ class Manifest:
     parameters: dict[str, tuple[int, ...]]
     totals: Totals
     versions: dict[str, str]
+    fold: FoldRecord | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON's content, `digest` included."""
-        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "fold"}
         data["base_model"] = self.base_model.to_dict()
         data["probes"] = [asdict(probe) for probe in self.probes]
         for name in ("estimator", "storage", "totals"):
             data[name] = asdict(data[name])
+        data |= {"fold": asdict(self.fold)} if self.fold else {}
         data["parameters"] = {name: {"shape": list(shape)} for name, shape in self.parameters.items()}
         return {**data, "digest": digest_of(data)}
+
+    @property
+    def files(self) -> dict[str, ShardRecord]:
+        """All safetensors files: those of F, and those of the anchor where a fold stores one."""
+        return {**self.storage.shards, **((self.fold and self.fold.anchor) or {})}
 
     @property
     def digest(self) -> str:
@@ -234,7 +236,7 @@ class Manifest:
             found.append("parameters is empty")
         if not self.probes:
             found.append("probes is empty: what was the Fisher measured on?")
-        return found
+        return found + (self.fold.problems() if self.fold else [])
 
 
 def digest_of(data: dict[str, Any]) -> str:

@@ -24,6 +24,11 @@ def mixture(parts: list[FisherInformation], weights: Sequence[float] | None) -> 
     first = parts[0]
     for other in parts[1:]:
         _check_pair(first, other)
+    if own := [part.source for part in parts if part.has_own_anchor]:
+        raise FisherMismatchError(
+            f"the Fisher '{own[0]}' was folded from several bases and pulls to an anchor of its own, which a mixture would "
+            "lose. Mix first and fold then: `FisherInformation.fold([…])`, or `hf-ewc fisher fold`."
+        )
 
     def read(name: str, index: Index | None) -> Tensor:
         total = first.per_token(name, index).mul_(shares[0])
@@ -31,10 +36,7 @@ def mixture(parts: list[FisherInformation], weights: Sequence[float] | None) -> 
             total.add_(part.per_token(name, index), alpha=share)
         return total
 
-    def common(field: str, otherwise: Any) -> Any:
-        values = {getattr(part.manifest.estimator, field) for part in parts}
-        return values.pop() if len(values) == 1 else otherwise
-
+    records = [part.manifest.estimator for part in parts]
     manifest = replace(
         first.manifest,
         probes=[
@@ -46,14 +48,27 @@ def mixture(parts: list[FisherInformation], weights: Sequence[float] | None) -> 
             first.manifest.estimator,
             reduction="mean_per_scored_token",
             normalizer=1.0,
-            model_dtype=common("model_dtype", "mixed"),
-            path=common("path", "mixed"),
-            seed=common("seed", None),
-            max_length=common("max_length", None),
+            model_dtype=common(parts, "model_dtype", "mixed"),
+            path=common(parts, "path", "mixed"),
+            seed=common(parts, "seed", None),
+            max_length=common(parts, "max_length", None),
+            draws=common(parts, "draws", None),
+            batch_size=common(parts, "batch_size", None),
+            fallback=list(dict.fromkeys(name for record in records for name in record.fallback)),
+            self_check=max((r.self_check for r in records if r.self_check is not None), default=None),
+            trace_stderr=None,  # each part has its own; of the sum nothing is recorded
+            stability=[figures for record in records for figures in record.stability],
         ),
         storage=Storage(codec="float32", shards={}),
+        fold=None,
     )
     return manifest, read
+
+
+def common(parts: Sequence[FisherInformation], field: str, otherwise: Any) -> Any:
+    """What the estimator records of all parts say in `field`, or `otherwise` where they differ."""
+    values = {getattr(part.manifest.estimator, field) for part in parts}
+    return values.pop() if len(values) == 1 else otherwise
 
 
 def _check_pair(first: FisherInformation, other: FisherInformation) -> None:

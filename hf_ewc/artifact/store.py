@@ -1,34 +1,26 @@
-"""[`FisherInformation`]: read, write, slice and mix the diagonal Fisher of a base model."""
+"""[`FisherInformation`]: read, write, slice, mix and fold the diagonal Fisher of a base model."""
 
 from __future__ import annotations
 
-import logging
-import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from importlib.metadata import version
-from math import prod
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor
 
-from .. import __version__
-from ..errors import EWCError, FisherFormatError
 from . import fit
+from .anchor import AnchorTensors, FoldedAnchor, anchor_files
 from .base import BaseModel
 from .codec import CODECS
 from .files import Index, Reader, reader_of
-from .manifest import EstimatorRecord, Manifest, ProbeRecord, Storage, Totals
+from .fold import folded
+from .locate import locate
+from .manifest import EstimatorRecord, Manifest, ProbeRecord, digest_of
+from .memory import described, with_totals
 from .mix import mixture
-from .summary import range_problem, sum_and_zeros
-from .verify import MANIFEST, open_verified
+from .verify import open_verified
 from .write import write_folder
-
-logger = logging.getLogger(__name__)
 
 
 class FisherInformation:
@@ -53,10 +45,12 @@ class FisherInformation:
     Attributes:
         manifest ([`Manifest`]): base model, probes, estimator, storage, totals.
         source (`str`): folder it was loaded from, or `"<memory>"`.
+        parts (`list[FisherInformation]`): what it was folded from, oldest first, if that was done in this process.
     """
 
-    def __init__(self, manifest: Manifest, read: Reader, source: str) -> None:
-        self.manifest, self.source, self._read = manifest, source, read
+    def __init__(self, manifest: Manifest, read: Reader, source: str, anchor: Reader | None = None) -> None:
+        self.manifest, self.source, self._read, self._anchor = manifest, source, read, anchor
+        self.parts: list[FisherInformation] = []
 
     @classmethod
     def from_tensors(
@@ -81,27 +75,8 @@ class FisherInformation:
             [`FisherFormatError`]: for tensors that are no sums of squares: not float32, NaN, infinite, negative.
         """
         held = dict(tensors)
-        problems = []
-        for name, tensor in held.items():
-            problem = range_problem(tensor)
-            if tensor.dtype != torch.float32:
-                problem = f"is {tensor.dtype}, not torch.float32, in which small squares vanish or sums stop growing"
-            if problem:
-                problems.append(f"{name} {problem}")
-        manifest = Manifest(
-            base_model=base,
-            probes=list(probes),
-            estimator=estimator,
-            storage=Storage(codec="float32", shards={}),
-            parameters={name: tuple(tensor.shape) for name, tensor in held.items()},
-            totals=Totals(num_parameters=0, trace=0.0, zeros=0),
-            versions=_versions(),
-        )
-        problems += manifest.problems()
-        if problems:
-            listed = "\n".join(f"  - {problem}" for problem in problems)
-            raise FisherFormatError(f"these tensors are not a Fisher:\n{listed}\nNothing was written.")
-        return cls(_with_totals(manifest, reader_of(held)), reader_of(held), "<memory>")
+        manifest = described(held, base, probes, estimator)
+        return cls(with_totals(manifest, reader_of(held)), reader_of(held), "<memory>")
 
     @classmethod
     def from_pretrained(cls, folder_or_id: str | os.PathLike[str], revision: str | None = None) -> FisherInformation:
@@ -117,9 +92,10 @@ class FisherInformation:
             [`EWCError`]: when there is no such folder.
         """
         source = os.fspath(folder_or_id)
-        manifest, files = open_verified(locate(source, revision), source)
-        codec = CODECS[manifest.storage.codec]
-        return cls(manifest, lambda name, index: codec.decode(name, files.read, index), source)
+        folder = locate(source, revision)
+        manifest, files = open_verified(folder, source)
+        codec, anchor = CODECS[manifest.storage.codec], anchor_files(folder, manifest)
+        return cls(manifest, lambda name, index: codec.decode(name, files.read, index), source, anchor.read if anchor else None)
 
     @classmethod
     def mix(cls, fishers: Sequence[FisherInformation], weights: Sequence[float] | None = None) -> FisherInformation:
@@ -137,7 +113,46 @@ class FisherInformation:
             [`FisherMismatchError`]: when they do not belong together.
         """
         manifest, read = mixture(list(fishers), weights)
-        return cls(_with_totals(manifest, read), read, "<memory>")
+        return cls(with_totals(manifest, read), read, "<memory>")
+
+    @classmethod
+    def fold(
+        cls, fishers: Sequence[FisherInformation], decay: float = 1.0, bases: Sequence[BaseModel] = ()
+    ) -> FisherInformation:
+        r"""
+        Several (Fisher, anchor) pairs as one, exactly: for all θ,
+
+        $$\sum_k \tfrac{c_k}{2} \sum_i F_{k,i} (\theta_i - \theta_{k,i})^2
+        = \tfrac12 \sum_i F_i (\theta_i - \bar\theta_i)^2 + \text{const},$$
+
+        with F = Σₖ cₖFₖ and θ̄ = Σₖ cₖFₖθₖ / F. So a model that learned one task after another holds on to all of them at the
+        price of one; training goes on from the newest base. Fishers of the same base give their sum, with that base as the
+        anchor; else [`FisherInformation.save_pretrained`] stores θ̄, too. Like a mixture it is lazy, but its totals and the
+        constant take one pass over all Fishers and anchors.
+
+        Args:
+            fishers (`Sequence[FisherInformation]`): oldest first; of one architecture, vocabulary and tokenizer. Each one's
+                anchor is its own base model, or for one that was folded, the one that it brings.
+            decay (`float`, *optional*, defaults to 1.0): γ in (0, 1]; each Fisher counts cₖ = γ^(number of later ones), as in
+                online EWC (Schwarz et al. 2018, https://arxiv.org/abs/1805.06370). Unlike there, older Fishers keep pulling
+                to their own anchors instead of to the newest.
+            bases (`Sequence[BaseModel]`, *optional*): base models whose folder is known, for manifests that name one that has
+                moved. Recognised by their weights.
+
+        Returns:
+            [`FisherInformation`]: with `manifest.fold`; a single Fisher is returned as it is.
+
+        Raises:
+            [`ConfigError`], [`FisherMismatchError`], [`DataError`]: a senseless decay, Fishers that do not belong together, an
+            anchor that is not to be found.
+        """
+        parts = list(fishers)
+        manifest, read, anchor = folded(parts, decay, bases)
+        if len(parts) == 1:
+            return parts[0]
+        fold = cls(manifest, read, " + ".join(part.source for part in parts), anchor)
+        fold.parts = parts
+        return fold
 
     @property
     def names(self) -> list[str]:
@@ -173,6 +188,9 @@ class FisherInformation:
     @property
     def sha256(self) -> str:
         """The manifest's digest. It covers the hashes of the files, so it identifies a *stored* artifact down to the bit."""
+        fold = self.manifest.fold
+        if fold is not None and self.parts:  # summed anew in each process, maybe to another last bit: its parts identify it
+            return digest_of({"fold": [part.sha256 for part in self.parts], "decay": fold.decay})
         return self.manifest.digest
 
     def read(self, name: str, index: Index | None = None) -> Tensor:
@@ -188,6 +206,26 @@ class FisherInformation:
     def per_token(self, name: str, index: Index | None = None) -> Tensor:
         """F of the penalty: [`FisherInformation.read`] divided by `normalizer`."""
         return self.read(name, index).div_(self.normalizer)
+
+    @property
+    def has_own_anchor(self) -> bool:
+        """Whether θ* is not the base model's weights: only after a fold of Fishers with different bases."""
+        return self._anchor is not None
+
+    def anchor(self, names: Iterable[str], base: BaseModel | None = None) -> AnchorTensors | FoldedAnchor:
+        """
+        The anchor θ* that the penalty pulls back to, with `read(name, index)` and `sha`.
+
+        Args:
+            names (`Iterable[str]`): the parameters that will be read.
+            base ([`BaseModel`], *optional*): where the base model lies. Found by the manifest's id by default.
+
+        Raises:
+            [`DataError`], [`FisherMismatchError`]: when the base model is not to be found, or other weights lie in its place.
+        """
+        if self._anchor is not None:
+            return FoldedAnchor(self._anchor, self.sha256)
+        return AnchorTensors(base or self.manifest.base_model, names)
 
     def check_base(self, base: BaseModel, tokenizer: Any = None) -> None:
         """
@@ -239,7 +277,7 @@ class FisherInformation:
 
         Args:
             folder (`str` or `PathLike`): where to. New or empty, unless `overwrite`.
-            codec (`str`, *optional*, defaults to `"bfloat16"`): `"bfloat16"` (relative error at most 2⁻⁹) or
+            codec (`str`, *optional*, defaults to `"bfloat16"`): `"bfloat16"` (relative error at most 2⁻⁸) or
                 `"float32"` (exact).
             max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): bytes of tensors per file; a larger
                 tensor gets its own.
@@ -253,46 +291,5 @@ class FisherInformation:
             [`EWCError`]: when the folder holds something. The old state stays.
         """
         target = Path(folder).expanduser()
-        write_folder(self.manifest, self._read, target, codec, max_shard_size, overwrite)
+        write_folder(self.manifest, self._read, target, codec, max_shard_size, overwrite, self._anchor)
         return target
-
-
-def locate(folder_or_id: str, revision: str | None = None) -> Path:
-    """Folder of a Fisher on this machine. The one place that will learn to pull from the Hub."""
-    path = Path(folder_or_id).expanduser()
-    if path.is_dir():
-        if revision is not None:
-            logger.warning("revision '%s' is ignored: '%s' is a local folder.", revision, folder_or_id)
-        return path
-    if path.is_file():
-        raise FisherFormatError(f"'{folder_or_id}' is a file. Name the folder that holds {MANIFEST}; pickles are not read.")
-    try:
-        validate_repo_id(folder_or_id)
-        is_id = "/" in folder_or_id
-    except HFValidationError:
-        is_id = False
-    if not is_id:
-        raise EWCError(
-            f"there is no folder '{folder_or_id}'. Estimate a Fisher first: `hf-ewc fisher … --output_dir {folder_or_id}`."
-        )
-    pinned = f", revision={revision!r}" if revision else ""
-    raise EWCError(
-        f"there is no folder '{folder_or_id}'. If it is a dataset on the Hub: this version reads local folders only, "
-        "pulling comes with a later one. Download it first, in Python, and name the folder that this returns:\n"
-        f'    huggingface_hub.snapshot_download({folder_or_id!r}, repo_type="dataset"{pinned})'
-    )
-
-
-def _with_totals(manifest: Manifest, read: Reader) -> Manifest:
-    counted = [sum_and_zeros(read(name, None)) for name in manifest.parameters]
-    totals = Totals(
-        num_parameters=sum(prod(shape) for shape in manifest.parameters.values()),
-        trace=math.fsum(total for total, _ in counted) / manifest.estimator.normalizer,
-        zeros=sum(zeros for _, zeros in counted),
-    )
-    return replace(manifest, totals=totals)
-
-
-def _versions() -> dict[str, str]:
-    libraries = ("torch", "transformers", "datasets", "safetensors", "tokenizers")
-    return {"hf_ewc": __version__, **{name: version(name) for name in libraries}}

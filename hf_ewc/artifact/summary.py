@@ -57,6 +57,23 @@ def range_problem(values: Tensor) -> str | None:
     return f"is not finite: {int((~values.isfinite()).sum())} of {values.numel()} values are NaN or infinite"
 
 
+def layer_and_group(name: str) -> tuple[int | None, str]:
+    """
+    Where a parameter sits: its layer's number (`None` outside the layers) and `"norm"`, `"embedding"`, `"head"`, `"attention"`,
+    `"mlp"` or `"other"`.
+
+    Example:
+
+    ```python
+    >>> layer_and_group("model.layers.3.mlp.up_proj.weight")
+    (3, 'mlp')
+    ```
+    """
+    layer = re.search(r"\.(\d+)\.", name)
+    group = next((group for group, parts in _GROUPS if any(part in name for part in parts)), "other")
+    return int(layer[1]) if layer else None, group
+
+
 def describe(name: str, values: Tensor, normalizer: float, shard: str) -> dict[str, Any]:
     """
     One row of the table, of F per scored token.
@@ -77,12 +94,12 @@ def describe(name: str, values: Tensor, normalizer: float, shard: str) -> dict[s
         largest = values.max().item() / normalizer
     else:
         q50 = q90 = q99 = largest = 0.0
-    layer = re.search(r"\.(\d+)\.", name)
+    layer, group = layer_and_group(name)
     return {
         "name": name,
         "module": name.rpartition(".")[0],
-        "layer": int(layer[1]) if layer else None,
-        "group": next((group for group, parts in _GROUPS if any(part in name for part in parts)), "other"),
+        "layer": layer,
+        "group": group,
         "shape": list(values.shape),
         "numel": values.numel(),
         "trace": total / normalizer,

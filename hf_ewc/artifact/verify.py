@@ -9,14 +9,14 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..errors import FisherFormatError
+from .anchor import anchor_problems
 from .base import SINGLE, pickles_in
 from .codec import CODECS, Codec
 from .files import TensorFiles, sha256_file
 from .manifest import Manifest
-from .summary import range_problem
 
 MANIFEST, INDEX, CARD, SUMMARY = "fisher_config.json", "fisher.safetensors.index.json", "README.md", "summary/params.parquet"
-SHARD = re.compile(r"fisher-\d{5}-of-\d{5}\.safetensors")
+SHARD = re.compile(r"(fisher|anchor)-\d{5}-of-\d{5}\.safetensors")
 
 
 def open_verified(folder: Path, source: str) -> tuple[Manifest, TensorFiles]:
@@ -48,6 +48,8 @@ def open_verified(folder: Path, source: str) -> tuple[Manifest, TensorFiles]:
     if codec is None:
         _stop(source, [f"codec '{manifest.storage.codec}' is not one of {', '.join(CODECS)}; a newer hf_ewc may read it"])
     assert codec is not None
+    if manifest.storage.block != codec.block:
+        _stop(source, [f"storage.block is {manifest.storage.block}, but {codec.name} has {codec.block}"])
     _stop(source, _file_problems(folder, manifest))
     _stop(source, _hash_problems(folder, manifest))
     try:
@@ -58,15 +60,15 @@ def open_verified(folder: Path, source: str) -> tuple[Manifest, TensorFiles]:
     _stop(source, _index_problems(folder, files))
     problems = []
     for name in manifest.parameters:
-        problem = range_problem(codec.decode(name, files.read))
+        problem = codec.problem(name, files.read)
         if problem:
-            problems.append(f"{name} {problem}")
-    _stop(source, problems)
+            problems.append(problem)
+    _stop(source, problems + anchor_problems(folder, manifest))
     return manifest, files
 
 
 def _file_problems(folder: Path, manifest: Manifest) -> list[str]:
-    shards = manifest.storage.shards
+    shards = manifest.files
     found = [f"{name} is not a shard's name" for name in shards if not SHARD.fullmatch(name)]  # "../../model" must lead nowhere
     if found or not shards:
         return found or ["storage.shards is empty"]
@@ -85,7 +87,7 @@ def _file_problems(folder: Path, manifest: Manifest) -> list[str]:
 
 def _hash_problems(folder: Path, manifest: Manifest) -> list[str]:
     found = []
-    for name, shard in manifest.storage.shards.items():
+    for name, shard in manifest.files.items():
         actual = sha256_file(folder / name)
         if actual != shard.sha256:
             found.append(f"{name} has sha256 {actual}, recorded is {shard.sha256}: bytes of it were changed")

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ConfigError, EWCError
+from .anchor import write_anchor
 from .card import render_card
-from .codec import Codec, get_codec
+from .codec import CODECS, Codec, get_codec
 from .files import Reader, reader_of, replaced_folder, sha256_file
 from .manifest import Manifest, ShardRecord, Storage, Totals
 from .summary import describe, write_summary
@@ -21,12 +22,23 @@ from .verify import CARD, INDEX, MANIFEST, SHARD, SUMMARY
 
 
 def write_folder(
-    manifest: Manifest, read: Reader, target: Path, codec: str, max_shard_size: int | str, overwrite: bool
+    manifest: Manifest,
+    read: Reader,
+    target: Path,
+    codec: str,
+    max_shard_size: int | str,
+    overwrite: bool,
+    anchor: Reader | None = None,
 ) -> None:
-    """See [`FisherInformation.save_pretrained`]; `read` gives the values that `manifest` describes."""
+    """
+    See [`FisherInformation.save_pretrained`]; `read` gives the values that `manifest` describes, `anchor` those of an anchor
+    that is no model's weights.
+    """
     coder, limit = get_codec(codec), _bytes(max_shard_size)
     _check_target(target, overwrite)
     with replaced_folder(target) as fresh:
+        if anchor is not None:
+            manifest = write_anchor(manifest, anchor, fresh, _plan_shards(manifest.parameters, CODECS["float32"], limit))
         _write(manifest, read, fresh, coder, limit)
 
 
@@ -51,7 +63,7 @@ def _write(manifest: Manifest, read: Reader, folder: Path, codec: Codec, limit: 
         trace=math.fsum(row["trace"] for row in rows),
         zeros=sum(row["zeros"] for row in rows),
     )
-    manifest = replace(manifest, storage=Storage(codec=codec.name, shards=shards), totals=totals)
+    manifest = replace(manifest, storage=Storage(codec=codec.name, block=codec.block, shards=shards), totals=totals)
     index = {"metadata": {"total_size": sum(shard.size for shard in shards.values())}, "weight_map": weight_map}
     write_summary(rows, folder / SUMMARY)
     for name, text in (

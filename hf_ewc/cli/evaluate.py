@@ -105,8 +105,9 @@ def overlaps(models: list[str], config: Any) -> list[str]:
     found: dict[str, None] = {}
     for model in models:
         fisher = read_state(model).get("fisher") or {}
-        manifest = Path(fisher.get("source", "")) / "fisher_config.json"
-        if manifest.is_file():
-            lines = probe_overlaps(Manifest.from_json(manifest.read_text(encoding="utf-8"), fisher["source"]), config)
-            found |= dict.fromkeys(lines)
+        for source in [part["source"] for part in fisher.get("fold", [fisher]) if part.get("source")]:
+            manifest = Path(source) / "fisher_config.json"
+            if manifest.is_file():
+                lines = probe_overlaps(Manifest.from_json(manifest.read_text(encoding="utf-8"), source), config)
+                found |= dict.fromkeys(lines)
     return list(found)

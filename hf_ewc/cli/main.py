@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "teach the model something new while those weights hold",
     "evaluate": "what was learned, what was forgotten",
     "sweep": "train and evaluate for several λ, with a table, a picture and a report",
+    "bench": "measure on this machine what the README claims",
     "env": "versions, devices and settings, for bug reports",
 }
 

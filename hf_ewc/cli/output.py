@@ -24,7 +24,7 @@ def claim(
     marks: Iterable[str],
     ours: Iterable[str],
     *,
-    resume: bool,
+    resume: bool | None,
     overwrite: bool,
     setting: str = "output_dir",
 ) -> None:
@@ -35,7 +35,7 @@ def claim(
         folder (`str` or `Path`): the folder.
         marks: patterns of which one must match before anything is deleted; they are named like nothing else.
         ours: patterns of the files and folders that `overwrite` deletes.
-        resume (`bool`): what is there will be continued.
+        resume (`bool`, *optional*): what is there will be continued; `None` where that is not on offer.
         overwrite (`bool`): what is ours will be deleted.
         setting (`str`, *optional*): name of the setting, for messages.
 
@@ -48,9 +48,10 @@ def claim(
     if not folder.is_dir() or not any(folder.iterdir()) or (resume and not overwrite):
         return
     if not overwrite:
+        ways = "`--overwrite` to replace what lies" if resume is None else "`--resume` to continue what was begun"
+        again = "" if resume is None else ", `--overwrite` to begin again"
         raise ConfigError(
-            f"`{setting}: {folder}` is not empty. Add `--resume` to continue what was begun there, `--overwrite` to begin "
-            "again, or name another folder. Nothing was started."
+            f"`{setting}: {folder}` is not empty. Add {ways} there{again}, or name another folder. Nothing was started."
         )
     if not any(match for mark in marks for match in folder.glob(mark)):
         raise ConfigError(
@@ -62,9 +63,10 @@ def claim(
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def refuse_same_folder(output_dir: str | Path, **inputs: str | None) -> None:
+def refuse_same_folder(output_dir: str | Path, **inputs: str | list[str] | None) -> None:
     """Raise a [`ConfigError`] when a result would be written over what it is made from."""
-    for name, source in inputs.items():
+    named = [(name, source) for name, given in inputs.items() for source in (given if isinstance(given, list) else [given])]
+    for name, source in named:
         if source is not None and Path(source).is_dir() and Path(source).resolve() == Path(output_dir).resolve():
             raise ConfigError(
                 f"`output_dir` and `{name}` are the same folder, {source}: the result would replace what it is measured "

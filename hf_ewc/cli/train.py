@@ -19,7 +19,8 @@ Usage: hf-ewc train [--config FILE.yaml] [--key value …]
 Continue to pretrain all weights of a model on new text, while the weights that its Fisher names hold still.
 
   what            --model ID|FOLDER  --dataset FILE|ID  --output_dir FOLDER
-  the penalty     --fisher FOLDER  --ewc_lambda 1.0  (the one dial: raise it to keep more; 0 is plain fine-tuning)
+  the penalty     --fisher FOLDER [FOLDER …]  (several old tasks, oldest first)  --fisher_decay 1.0  (less: they fade)
+                  --ewc_lambda 1.0  (the one dial: raise it to keep more; 0 is plain fine-tuning)
                   --ewc_mode proximal|loss|decoupled  --ewc_missing error|ignore  --anchor ID|FOLDER
   the data        --dataset_text_field text  --dataset_config  --dataset_split train  --dataset_revision  --streaming
                   --max_length 1024  --packing  --packing_strategy bfd_split  (keeps what exceeds max_length)
@@ -128,13 +129,13 @@ def run(argv: list[str]) -> int:
 
     out = str(args.output_dir)
     refuse_same_folder(out, model=script.model, fisher=args.fisher, anchor=args.anchor)
-    base, _ = check_fisher(script.model, args)
+    base, fisher = check_fisher(script.model, args)
     if state.is_main_process:
         marks = (STATE_FILE, f"checkpoint-*/{STATE_FILE}")
         claim(out, marks, MODEL_FILES, resume=script.resume, overwrite=script.overwrite)
     state.wait_for_everyone()
     say(f"{base.label}: {base.num_parameters:,} parameters, {state.num_processes} process(es), λ = {args.ewc_lambda:g}")
-    log = train_model(script.model, args, script.rows(args), resume=script.resume, progress=say)
+    log = train_model(script.model, args, script.rows(args), fisher=fisher, resume=script.resume, progress=say)
     say(summary(script.model, args, log))
     return 0
 

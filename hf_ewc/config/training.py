@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers.utils import is_torch_bf16_gpu_available
@@ -27,10 +28,15 @@ class EWCConfig(SFTConfig):
 
         ewc_lambda (`float`, *optional*, defaults to `1.0`):
             Strength λ ≥ 0. 0 is exactly `SFTTrainer`. Raise it to keep more, lower it to learn more.
-        fisher (`str`, *optional*):
-            Folder (or, later, Hub dataset repo) written by [`FisherInformation.save_pretrained`]. Required when λ > 0.
+        fisher (`str` or `list[str]`, *optional*):
+            Folder (or, later, Hub dataset repo) written by [`FisherInformation.save_pretrained`]. Required when λ > 0. Several
+            of them, oldest task first, protect all of these tasks: each pulls to the base that it was measured at, and training
+            goes on from the base of the last. They are folded into one, exactly ([`FisherInformation.fold`]); with large models
+            and several runs, do that once with `hf-ewc fisher fold`.
         fisher_revision (`str`, *optional*):
-            Branch, tag or commit of the Fisher on the Hub.
+            Branch, tag or commit of the Fisher on the Hub; for a single one only.
+        fisher_decay (`float`, *optional*, defaults to `1.0`):
+            γ in (0, 1]: each Fisher of a list is multiplied by it once per later one, so that old tasks fade.
         ewc_mode (`str`, *optional*, defaults to `"proximal"`):
             Where the penalty acts. `"loss"`: its gradient joins the task's before clipping, the paper's form; unstable once
             lr · λ · F exceeds 2. `"proximal"`: an implicit step after the optimizer's, in Adam's metric: same fixed point as
@@ -56,8 +62,12 @@ class EWCConfig(SFTConfig):
     """
 
     ewc_lambda: float = field(default=1.0, metadata={"help": "Strength λ of the penalty; 0 is plain SFT."})
-    fisher: str | None = field(default=None, metadata={"help": "Folder or Hub dataset repo of the Fisher."})
+    # in this order: transformers' argument parser takes the second of a union for the type of a word
+    fisher: list[str] | str | None = field(
+        default=None, metadata={"help": "Folder or Hub dataset repo of the Fisher; or several, oldest first."}
+    )
     fisher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the Fisher."})
+    fisher_decay: float = field(default=1.0, metadata={"help": "Weakens each Fisher of a list once per later one."})
     ewc_mode: str = field(default="proximal", metadata={"help": "Where the penalty acts.", "choices": list(MODES)})
     anchor: str | None = field(default=None, metadata={"help": "Model id or folder of θ*; default: the base model."})
     anchor_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the anchor."})
@@ -74,20 +84,24 @@ class EWCConfig(SFTConfig):
             self.bf16 = not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
 
-    def problems(self) -> list[str]:
-        found = penalty_problems(self.ewc_lambda, self.ewc_mode, self.ewc_missing)
-        if self.ewc_lambda > 0 and self.fisher is None:
+    def problems(self, loaded: bool = False) -> list[str]:
+        """Everything that is wrong; with `loaded`, the Fisher was handed over as an object and needs no name here."""
+        fishers = (self.fisher, self.fisher_revision, self.fisher_decay)
+        found = penalty_problems(self.ewc_lambda, self.ewc_mode, self.ewc_missing, *fishers)
+        if self.ewc_lambda > 0 and self.fisher is None and not loaded:
             found.append(
                 "`fisher` is missing: EWC with λ > 0 needs the Fisher information of the base model. Estimate it "
                 "(`hf-ewc fisher …`) and name its folder, or set `ewc_lambda: 0` for plain fine-tuning."
             )
         return found + training_problems(self)
 
-    def check(self) -> None:
-        raise_problems("This EWC configuration cannot run", self.problems())
+    def check(self, loaded: bool = False) -> None:
+        raise_problems("This EWC configuration cannot run", self.problems(loaded))
 
 
-def penalty_problems(ewc_lambda: float, mode: str, missing: str) -> list[str]:
+def penalty_problems(
+    ewc_lambda: float, mode: str, missing: str, fisher: Any = None, revision: str | None = None, decay: float = 1.0
+) -> list[str]:
     """Problems of the penalty's own settings, shared by [`EWCConfig`] and [`EWCCallback`]."""
     found = []
     if not isinstance(ewc_lambda, (int, float)) or math.isnan(ewc_lambda) or ewc_lambda < 0 or math.isinf(ewc_lambda):
@@ -97,6 +111,33 @@ def penalty_problems(ewc_lambda: float, mode: str, missing: str) -> list[str]:
         )
     found += choice("ewc_mode", mode, MODES)
     found += choice("ewc_missing", missing, ("error", "ignore"))
+    return found + _fisher_problems(fisher, revision, decay)
+
+
+def _fisher_problems(fisher: Any, revision: str | None, decay: float) -> list[str]:
+    """Problems of one Fisher or a list of them."""
+    found = []
+    several = len(fisher) if isinstance(fisher, (list, tuple)) else 1
+    if several == 0:
+        found.append("`fisher: []` names no Fisher. Name one or more, or set `ewc_lambda: 0` for plain fine-tuning.")
+    if several > 1:
+        names = [str(each) for each in fisher if isinstance(each, (str, Path))]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        found += [f"`fisher` names '{name}' twice, and its penalty would count twice. Remove one." for name in twice]
+        if revision is not None:
+            found.append(
+                f"`fisher_revision: {revision}` belongs to a single Fisher, and `fisher` names {several}. Download the one "
+                "that is meant (`hf download REPO --repo-type dataset --revision …`), and name its folder."
+            )
+    if not 0 < decay <= 1:
+        found.append(
+            f"`fisher_decay: {decay}` must be above 0 and at most 1: each Fisher of a list is multiplied by it once per later "
+            "one."
+        )
+    elif decay != 1 and fisher is not None and several == 1:
+        found.append(
+            f"`fisher_decay: {decay}` weakens the older Fishers of a list, and there is one. Lower `ewc_lambda` instead."
+        )
     return found
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 
-from ..artifact import BaseModel, Manifest
+from ..artifact import BaseModel, FisherInformation, Manifest
 from ..config import EvaluationConfig, EWCConfig
 from ..errors import ConfigError
 from ..evaluation import evaluate_model, metrics_text, write_report
@@ -32,7 +32,7 @@ from .training import Progress, Rows, check_fisher, train_model
 
 # Training arguments that may change between the start and the end of a sweep without changing what is measured.
 _FREE = re.compile(
-    "output_dir|fisher|run_name|project|disable_tqdm|report_to|ddp_timeout|push_to_hub|(log|save_|hub_|dataloader_|trackio_).*"
+    "output_dir|fisher(_decay)?|run_name|project|disable_tqdm|report_to|ddp_timeout|push_to_hub|(log|save_|hub_|dataloader_|trackio_).*"
 )
 _SHOWN = re.compile(
     "learning_rate|lr_scheduler_type|warmup_steps|max_steps|num_train_epochs|per_device_train_batch_size|"
@@ -92,12 +92,12 @@ def run_sweep(
     plan = [make_args(mode, strength, out) for (mode, strength), out in zip(runs, outs, strict=True)]
 
     # every check comes before any work
-    fishers: dict[str | None, str | None] = {}
+    fishers: dict[Any, FisherInformation | None] = {}
     for args in plan:
         args.check()
         if _source(args) not in fishers:
             model, fisher = check_fisher(base, args)
-            fishers[_source(args)] = fisher.sha256 if fisher else None
+            fishers[_source(args)] = fisher
             for line in probe_overlaps(fisher.manifest, evaluation) if fisher else ():
                 progress(f"warning: {line}")
     rows = train_dataset if isinstance(train_dataset, (Dataset, IterableDataset)) else train_dataset()
@@ -105,7 +105,7 @@ def run_sweep(
     records = [
         {
             **measured,
-            "fisher": fishers[_source(args)],
+            "fisher": getattr(fishers[_source(args)], "sha256", None),
             "data": {**(settings or {}), "fingerprint": getattr(rows, "_fingerprint", None)},
             "training": {k: v for k, v in args.to_dict().items() if not _FREE.fullmatch(k)},
         }
@@ -121,7 +121,7 @@ def run_sweep(
         if (out / "result.json").is_file():
             progress(f"{title}: finished before")
         else:
-            _one_run(title, base, args, rows, evaluation, record, progress)
+            _one_run(title, base, args, fishers[_source(args)], rows, evaluation, record, progress)
         for checkpoint in () if keep_checkpoints else out.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
         finished.append({"mode": mode, "ewc_lambda": strength, **read_json(out / "result.json")})
@@ -139,7 +139,14 @@ def run_sweep(
 
 
 def _one_run(
-    title: str, base: str, args: EWCConfig, rows: Rows, evaluation: EvaluationConfig, record: dict, progress: Progress
+    title: str,
+    base: str,
+    args: EWCConfig,
+    fisher: FisherInformation | None,
+    rows: Rows,
+    evaluation: EvaluationConfig,
+    record: dict,
+    progress: Progress,
 ) -> None:
     """Train (unless that was done), measure the model as it lies on the disk, and write `result.json`."""
     out = Path(args.output_dir or "")
@@ -149,7 +156,9 @@ def _one_run(
         resume = last_complete_checkpoint(out) is not None
         write_json(out / "run.json", run)
         started = time.monotonic()
-        run["log"] = train_model(base, args, rows, resume=resume, progress=lambda line: progress(f"{title}: {line}"))
+        run["log"] = train_model(
+            base, args, rows, fisher=fisher, resume=resume, progress=lambda line: progress(f"{title}: {line}")
+        )
         run["seconds"] = time.monotonic() - started  # of the part that ran last
         _free_memory()
         write_json(out / "run.json", run)
@@ -191,8 +200,8 @@ def probe_overlaps(manifest: Manifest, evaluation: EvaluationConfig) -> list[str
     return found
 
 
-def _source(args: EWCConfig) -> str | None:
-    return args.fisher if args.ewc_lambda else None
+def _source(args: EWCConfig) -> Any:
+    return (str(args.fisher), args.fisher_revision, args.fisher_decay) if args.ewc_lambda else None
 
 
 def _free_memory() -> None:

@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from ..artifact import BaseModel, FisherInformation
-from ..callback import STATE_FILE
+from ..callback import STATE_FILE, load_fisher
 from ..config import EWCConfig
 from ..trainer import EWCTrainer, last_complete_checkpoint
 from .records import read_json, refuse_changes
@@ -21,7 +21,8 @@ Rows: TypeAlias = Dataset | IterableDataset
 
 def check_fisher(model: str, args: EWCConfig) -> tuple[BaseModel, FisherInformation | None]:
     """
-    Find the base model and see that the Fisher was measured on it: before any data is read and any weights are loaded.
+    Find the base model and see that the Fisher (or the newest of several) was measured on it: before any data is read and any
+    weights are loaded.
 
     Args:
         model (`str`): id or folder of the base; its revision is `args.model_init_kwargs["revision"]`.
@@ -34,12 +35,21 @@ def check_fisher(model: str, args: EWCConfig) -> tuple[BaseModel, FisherInformat
     base = BaseModel.resolve(model, settings.get("revision"))
     if args.ewc_lambda == 0 or args.fisher is None:
         return base, None
-    fisher = FisherInformation.from_pretrained(args.fisher, revision=args.fisher_revision)
-    fisher.check_base(base if args.anchor is None else BaseModel.resolve(args.anchor, args.anchor_revision))
+    anchor = base if args.anchor is None else BaseModel.resolve(args.anchor, args.anchor_revision)
+    fisher = load_fisher(args.fisher, args.fisher_revision, args.fisher_decay, anchor)
+    fisher.check_base(anchor)
     return base, fisher
 
 
-def train_model(model: str, args: EWCConfig, train_dataset: Rows, *, resume: bool = False, progress: Progress = print) -> dict:
+def train_model(
+    model: str,
+    args: EWCConfig,
+    train_dataset: Rows,
+    *,
+    fisher: FisherInformation | None = None,
+    resume: bool = False,
+    progress: Progress = print,
+) -> dict:
     """
     Train and save one model, from its last complete checkpoint if `resume` is set and there is one.
 
@@ -47,6 +57,7 @@ def train_model(model: str, args: EWCConfig, train_dataset: Rows, *, resume: boo
         model (`str`): id or folder of the base.
         args ([`EWCConfig`]): all settings; the model goes to `args.output_dir`.
         train_dataset (`Dataset` or `IterableDataset`): what the model is to learn.
+        fisher ([`FisherInformation`], *optional*): what [`check_fisher`] returned, so that it is not read and checked again.
 
     Returns:
         `dict`: `steps`, `train_loss` (mean over the run), and the last logged `loss` and `ewc/*`.
@@ -60,7 +71,7 @@ def train_model(model: str, args: EWCConfig, train_dataset: Rows, *, resume: boo
             f"resuming from {checkpoint.name}" if checkpoint else "no complete checkpoint yet: starting from the base model"
         )
     set_seed(args.seed)
-    trainer = EWCTrainer(model, args, train_dataset=train_dataset)
+    trainer = EWCTrainer(model, args, train_dataset=train_dataset, fisher=fisher)
     trainer.remove_callback(PrinterCallback)  # with `disable_tqdm`, it prints each log as a raw dict
     trainer.add_callback(ProgressLines(progress))
     if checkpoint is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,17 +12,21 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..artifact import AnchorTensors, BaseModel, EstimatorRecord, FisherInformation, tokenizer_sha256
 from ..config import FisherConfig
-from ..errors import DataError
-from .per_example import accumulate_squares, collate
-from .probes import Probe, build_probe
+from ..errors import ConfigError, DataError
+from .engines import OneByOne, choose_engine
+from .labels import labelled
+from .loop import Loop
+from .per_example import Batch
+from .probes import Probe, build_probe, check_context
+from .replicas import Replicas
+from .sharded import ShardedSquares, shard
+from .sharded_loop import ShardedLoop
 from .state import RunningState
-
-logger = logging.getLogger(__name__)
 
 
 def estimate_fisher(
@@ -72,117 +76,163 @@ def estimate_fisher(
     """
     config = FisherConfig() if config is None else config
     config.check()
+    processes = Replicas.joined(config.num_processes)
     # loading a model must not move the random numbers of a later training
     with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
-        model, base = _model_and_base(model, config)
+        model, base = _model_and_base(model, config, processes)
         if tokenizer is not None:  # the one that was used is the one that is recorded
             base = replace(base, tokenizer_sha256=tokenizer_sha256(tokenizer))
         elif base.tokenizer_sha256 is not None:
             tokenizer = AutoTokenizer.from_pretrained(base.folder)
-        probe = build_probe(config, tokenizer, dataset)
-        largest = max(max(example.input_ids) for example in probe.examples)
-        if largest >= base.vocab_size:
-            raise DataError(
-                f"the probe holds token {largest}, but '{base.label}' knows tokens 0 to {base.vocab_size - 1}. It was made "
-                "with another tokenizer; use the model's own."
-            )
-        estimator = EstimatorRecord(
-            labels=config.labels,
-            granularity=config.granularity,
-            reduction="sum",
-            normalizer=0.0,  # known only when it is known which examples were dropped
-            accumulation_dtype="float32",
-            model_dtype=str(model.dtype).removeprefix("torch."),
-            seed=config.seed,
-            path="one_by_one",
-            max_length=config.max_length,
+        if config.probes is None:
+            return _estimate(model, base, config, build_probe(config, tokenizer, dataset), processes, progress)
+        if dataset is not None:
+            raise ConfigError("a mixture (`probes`) names the dataset of each probe; do not pass `dataset` as well.")
+        # all are read and checked before the first one is measured
+        probes = {name: (own, weight, build_probe(own, tokenizer)) for name, (own, weight) in config.mixture().items()}
+        parts = [
+            _part(model, base, own, probe, processes, progress, name, number)
+            for number, (name, (own, _, probe)) in enumerate(probes.items(), 1)
+        ]
+        return FisherInformation.mix(parts, [weight for _, weight, _ in probes.values()])
+
+
+def _part(
+    model: PreTrainedModel,
+    base: BaseModel,
+    config: FisherConfig,
+    probe: Probe,
+    processes: Replicas,
+    progress: bool,
+    name: str,
+    number: int,
+) -> FisherInformation:
+    """One probe of a mixture. With a `work_dir`, its finished Fisher waits there for the others and is measured once."""
+    if config.work_dir is None:
+        return _estimate(model, base, config, probe, processes, progress, name)
+    folder = Path(config.work_dir) / f"{number:02d}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}"
+    finished = folder / "fisher"
+    if config.resume and (finished / "fisher_config.json").is_file():
+        part = FisherInformation.from_pretrained(finished)
+        if part.manifest.probes[0].ids_sha256 == probe.ids_sha256 and part.manifest.base_model.same_weights(base):
+            return part
+        raise ConfigError(
+            f"'{finished}' holds the finished Fisher of another model or probe than `{name}` is now. Restore the settings, or "
+            "begin a new estimate in another `work_dir`."
         )
-        identity = {
-            "weights": base.fingerprint,
-            "probe": probe.ids_sha256,
-            "examples": len(probe.examples),
-            **{name: getattr(estimator, name) for name in ("labels", "granularity", "model_dtype", "path")},
-        }
-        state = RunningState(config.work_dir, identity, config.resume)
+    part = _estimate(model, base, replace(config, work_dir=str(folder)), probe, processes, progress, name)
+    if processes.rank == 0:
+        part.save_pretrained(finished, codec="float32", overwrite=config.resume)
+    processes.gather(None)  # wait for the files
+    return FisherInformation.from_pretrained(finished)
+
+
+def _estimate(
+    model: PreTrainedModel,
+    base: BaseModel,
+    config: FisherConfig,
+    probe: Probe,
+    processes: Replicas,
+    progress: bool,
+    name: str | None = None,
+) -> FisherInformation:
+    text = model.config.get_text_config()
+    check_context(probe, getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None))
+    largest = max(max(one.input_ids) for example in probe.examples for one in (example, *example.options))
+    if largest >= base.vocab_size:
+        raise DataError(
+            f"the probe holds token {largest}, but '{base.label}' knows tokens 0 to {base.vocab_size - 1}. It was made "
+            "with another tokenizer; use the model's own."
+        )
+    estimator = EstimatorRecord(
+        labels=config.labels,
+        granularity=config.granularity,
+        reduction="sum",
+        normalizer=0.0,  # known only when it is known which examples were dropped
+        accumulation_dtype="float32",
+        model_dtype=str(model.dtype).removeprefix("torch."),
+        seed=config.seed,
+        max_length=config.max_length,
+        draws=config.draws if config.labels == "sampled" else None,
+        batch_size=config.batch_size if config.granularity == "batch" else None,
+    )
+    identity = {
+        "weights": base.fingerprint,
+        "probe": probe.ids_sha256,
+        "examples": len(probe.examples),
+        "processes": processes.size,
+        **{name: getattr(config, name) for name in ("path", "until_stable", "sharding")},
+        **{name: getattr(estimator, name) for name in ("labels", "granularity", "model_dtype", "draws", "batch_size")},
+        **({"seed": config.seed} if config.labels == "sampled" else {}),
+        # several processes may have been interrupted at different places: they have to share out the rest as before
+        **({"pass": (config.batch_size, config.save_every)} if processes.size > 1 else {}),
+    }
+    processes.check_same(identity)
+    folder = config.work_dir
+    if folder is not None and processes.size > 1:
+        folder = str(Path(folder) / f"process-{processes.rank}-of-{processes.size}")
+    state = RunningState(folder, identity, config.resume)
+    if config.sharding == "fsdp2":
+        with ready(model):
+            squares = ShardedSquares(model)
+            estimator.path, estimator.self_check = f"fsdp2_{squares.mode}", squares.self_check
+            loop: Loop = ShardedLoop(model, squares, probe.examples, state, config, processes, name)
+            loop.run(progress and processes.rank == 0)
+            tensors = {name: squares.full(name).cpu() for name in squares.sums}
+    else:
         with prepared(model) as sums:
-            _accumulate(model, probe, sums, state, config, progress)
-    record = probe.record(state.dropped)
+            engine, estimator.self_check, estimator.fallback = choose_engine(model, config, _first(probe, config, model), sums)
+            estimator.path = engine.path
+            loop = Loop(model, engine, probe.examples, sums, state, config, processes, name)
+            loop.run(progress and processes.rank == 0)
+        tensors = {name: total.cpu() for name, total in sums.items()}
+    estimator.stability, estimator.trace_stderr = loop.records, loop.trace_stderr
+    record = replace(replace(probe, examples=probe.examples[: loop.used]).record(loop.dropped), name=name)
     estimator.normalizer = float(record.scored_tokens)
-    tensors = {name: total.cpu() for name, total in sums.items()}
     return FisherInformation.from_tensors(tensors, base=base, probes=[record], estimator=estimator)
 
 
-def _accumulate(
-    model: PreTrainedModel, probe: Probe, sums: dict[str, Tensor], state: RunningState, config: FisherConfig, progress: bool
-) -> None:
-    """Add up all examples that `state` does not hold yet, from save to save."""
-    examples = probe.examples
-    window = config.save_every if config.work_dir else len(examples)  # how far a rollback goes back
-    state.load(sums)
-    with tqdm(total=len(examples), initial=state.position, unit="example", desc="Fisher", disable=not progress) as bar:
-        while (start := state.position) < len(examples):
-            stop = min(start - start % window + window, len(examples))
-            finite: list[bool] = []
-            for first in range(start, stop, config.batch_size):
-                batch = collate(examples[first : min(first + config.batch_size, stop)])
-                finite += accumulate_squares(model, batch, sums)
-                bar.update(start + len(finite) - bar.n)
-                if not all(finite):
-                    break
-            dropped = list(state.dropped)
-            if not all(finite):
-                # Something NaN or infinite is in the sums by now. Back to where they were clean, and through this window again
-                # with a look at each new example before it is added: slower, but a second copy of the gradient is never needed.
-                state.load(sums)
-                for index in range(start, stop):
-                    single = collate(examples[index : index + 1])
-                    known = finite[index - start : index - start + 1] or accumulate_squares(model, single, None)
-                    if all(known):
-                        accumulate_squares(model, single, sums)
-                    else:
-                        dropped.append(index)
-                        _refuse_too_many(dropped, len(examples), config.max_dropped)
-                    bar.update(max(0, index + 1 - bar.n))
-            state.save(sums, stop, dropped)
-    if state.dropped:
-        logger.warning(
-            "%d of %d examples were dropped, as their loss or gradient was not finite: number %s. The artifact counts them.",
-            len(state.dropped),
-            len(examples),
-            _numbers(state.dropped),
-        )
-
-
-def _refuse_too_many(dropped: list[int], count: int, share: float) -> None:
-    if len(dropped) > share * count:
-        raise DataError(
-            f"{len(dropped)} of {count} examples so far (number {_numbers(dropped)}) have a NaN or infinite loss or gradient, "
-            f"more than `max_dropped: {share}`. The Fisher of the rest would not speak for the probe. Look at those rows, try "
-            "`dtype: float32`, and check that the model's own loss is finite."
-        )
-
-
-def _numbers(indices: list[int]) -> str:
-    return ", ".join(str(index + 1) for index in indices[:10]) + (", …" if len(indices) > 10 else "")
+def _first(probe: Probe, config: FisherConfig, model: PreTrainedModel) -> Batch:
+    """What the engines are compared on: up to four examples, the shortest and the longest among them."""
+    order = sorted(range(len(probe.examples)), key=lambda n: len(probe.examples[n].input_ids))
+    numbers = sorted({order[0], order[len(order) // 3], order[2 * len(order) // 3], order[-1]})
+    chosen = [probe.examples[n] for n in numbers]
+    return labelled(chosen, numbers, config.labels, config.draws, config.seed, OneByOne(model).losses)
 
 
 @contextmanager
 def prepared(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
     """
+    Make a model [`ready`], and yield the running sums: one float32 zero tensor per parameter, in the order of
+    `named_parameters()`, where tied ones appear once.
+    """
+    with ready(model):
+        yield {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in model.named_parameters()}
+
+
+@contextmanager
+def ready(model: PreTrainedModel) -> Iterator[None]:
+    """
     Make a model ready for `accumulate_squares`, and leave it as it was found, also after an error.
 
-    Within: eval mode (no dropout), all parameters require a gradient, and no `.grad` is set. Yields the running sums: one
-    float32 zero tensor per parameter, in the order of `named_parameters()`, where tied ones appear once.
+    Within: eval mode (no dropout), all parameters require a gradient, and no `.grad` is set.
+
+    Gradient checkpointing, where it is enabled, stays at work: transformers does it in training mode only, so the layers (but
+    nothing inside them) are set to that, unless the model has dropout, which a layer might then apply.
     """
     training = {module: module.training for module in model.modules()}
     found = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
     try:
         model.eval()
+        if not any("drop" in name and value for name, value in model.config.get_text_config().to_dict().items()):
+            for module in training:
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.training = True  # the attribute of this module; `train()` would reach its children
         for parameter in found:
             parameter.requires_grad_(True)
             parameter.grad = None
         with torch.enable_grad():
-            yield {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in model.named_parameters()}
+            yield
     finally:
         for parameter, (needed, gradient) in found.items():
             parameter.requires_grad_(needed)
@@ -191,7 +241,9 @@ def prepared(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
             module.training = mode
 
 
-def _model_and_base(model: str | Path | PreTrainedModel, config: FisherConfig) -> tuple[PreTrainedModel, BaseModel]:
+def _model_and_base(
+    model: str | Path | PreTrainedModel, config: FisherConfig, processes: Replicas
+) -> tuple[PreTrainedModel, BaseModel]:
     """Load the model that an id or folder names; or find the files of a loaded one, and see that it still equals them."""
     kind, way_out = type(model).__name__, "Save it first (model and tokenizer, `save_pretrained(folder)`) and pass that folder."
     given = isinstance(model, PreTrainedModel)
@@ -203,12 +255,19 @@ def _model_and_base(model: str | Path | PreTrainedModel, config: FisherConfig) -
     name = model.config._name_or_path if isinstance(model, PreTrainedModel) else model
     if not name:
         raise DataError(f"this {kind} comes from no file, so that the anchor θ* could not be read again. {way_out}")
+    if config.sharding == "fsdp2" and (given or processes.size == 1):
+        raise ConfigError(
+            "`sharding: fsdp2` spreads a model over several processes while it is loaded: "
+            + ("name it by id or folder." if given else "start them with `torchrun --nproc_per_node N …`; here there is one.")
+        )
     base = BaseModel.resolve(name, config.revision)
     assert base.folder is not None  # `resolve` found it
     if not isinstance(model, PreTrainedModel):
         model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=getattr(torch, config.dtype))
-        device = torch.device(config.device) if config.device else torch.accelerator.current_accelerator()
-        model.to(device=device or torch.device("cpu"))  # type: ignore[call-arg]  # transformers wraps `to`
+        if config.sharding == "fsdp2":
+            shard(model)
+        else:
+            model.to(device=torch.device(config.device) if config.device else processes.device)  # type: ignore[call-arg]
     parameters = dict(model.named_parameters())
     if packed := [name for name, parameter in parameters.items() if not parameter.is_floating_point()]:
         raise DataError(

@@ -1,6 +1,6 @@
-r"""The squared gradients of single examples, added up: the arithmetic at the heart of the Fisher.
+r"""The squared gradients of single examples, added up: the reference that everything faster is compared with.
 
-$$S_i \leftarrow S_i + \sum_n \Big(\sum_{t \in \text{scored}(n)} \partial \log p(y_{nt} \mid x_n) / \partial\theta_i\Big)^2$$
+$$S_i \leftarrow S_i + \sum_n w_n \Big(\sum_{t\in\text{scored}(n)} \partial\log p(y_{nt} \mid x_n) / \partial\theta_i\Big)^2$$
 
 Why not square the gradient of a whole batch, which is one `backward()`? Because the gradients of different examples point in
 different directions and cancel before they are squared: with batches of 16 only 0.065 of the Fisher is left, and which weights
@@ -10,14 +10,20 @@ look important changes too. The square has to be taken per example.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from .probes import IGNORED, Example
+from .examples import IGNORED, Example
+from .head import draw
+
+# input_ids, attention_mask, labels: (B, T) int64. Optional: weights (B) float32 ≥ 0, the w of the formula, default 1; uniforms
+# (B, T) float32 in [0, 1), with which the targets at scored positions are drawn from the model instead of taken from labels.
+Batch = Mapping[str, Tensor]
 
 
 def collate(examples: Sequence[Example], pad_id: int = 0, padding_side: str = "right") -> dict[str, Tensor]:
@@ -33,10 +39,37 @@ def collate(examples: Sequence[Example], pad_id: int = 0, padding_side: str = "r
     return {name: torch.tensor(rows) for name, rows in batch.items()}
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A batch on the model's device with all padding on the right: ids, labels, mask (B, T); uniforms (B, T) or `None`."""
+
+    ids: Tensor
+    labels: Tensor
+    mask: Tensor
+    lengths: list[int]
+    uniforms: Tensor | None
+
+
+def packed_right(batch: Batch, device: torch.device) -> Packed:
+    """Move the padding of each row, wherever it is, behind its tokens."""
+    real = batch["attention_mask"].bool()
+    lengths = real.sum(1)
+    order = real.int().argsort(dim=1, descending=True, stable=True)[:, : int(lengths.max())]
+    uniforms = batch.get("uniforms")
+    return Packed(
+        ids=batch["input_ids"].gather(1, order).to(device),
+        labels=batch["labels"].masked_fill(~real, IGNORED).gather(1, order).to(device),
+        mask=real.gather(1, order).to(device),
+        lengths=lengths.tolist(),
+        uniforms=None if uniforms is None else uniforms.gather(1, order).to(device),
+    )
+
+
 def accumulate_squares(
     model: PreTrainedModel,
-    batch: Mapping[str, Tensor],  # input_ids, attention_mask, labels: (B, T)
+    batch: Batch,
     sums: Mapping[str, Tensor] | None,  # name → fp32, the parameter's shape
+    only: Collection[str] | None = None,
 ) -> list[bool]:  # (B)
     """
     Add each example's squared gradient to `sums`, in place, one example at a time.
@@ -48,10 +81,11 @@ def accumulate_squares(
     Args:
         model ([`~transformers.PreTrainedModel`]): With `.grad` of every parameter `None`, in eval mode (see `prepared`).
         batch (`Mapping[str, Tensor]`):
-            See [`collate`]. Rows may be padded on either side; the padding is cut off before the forward pass.
+            See `Batch` and [`collate`]. Rows may be padded on either side; the padding is cut off before the forward pass.
         sums (`Mapping[str, Tensor]`, *optional*):
             Running sums, float32 whatever the model's dtype, since bfloat16 sums stop growing at 256 terms and float16 squares
             lose all gradients below 2e-4. `None`: look only, which tells whether the examples are finite.
+        only (`Collection[str]`, *optional*): differentiate these parameters and no others.
 
     Returns:
         `list[bool]`: for every example whether its loss and the squares of its gradient are finite. **Where one is not, `sums`
@@ -73,41 +107,57 @@ def accumulate_squares(
         return hook
 
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    left_out = [parameter for name, parameter in parameters.items() if only is not None and name not in only]
     hooks = [
         parameter.register_post_accumulate_grad_hook(square(None if sums is None else sums[name]))
         for name, parameter in parameters.items()
     ]
+    weights, uniforms = batch.get("weights"), batch.get("uniforms")
     finite = []
     try:
-        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+        for parameter in left_out:
+            parameter.requires_grad_(False)
+        for row, (ids, mask, labels) in enumerate(
+            zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True)
+        ):
             real = mask.bool()
-            loss = negative_log_likelihood(model, ids[real], labels[real])
+            loss = negative_log_likelihood(
+                model, ids[real], labels[real], None if uniforms is None else uniforms[row][real.to(uniforms.device)]
+            )
+            if weights is not None:
+                loss = loss * weights[row].to(loss.device).sqrt()
             loss.backward()
             finite.append(bool(torch.stack([norm.to(loss.device) for norm in (*norms, loss.detach())]).isfinite().all()))
             norms.clear()
     finally:
         for handle in hooks:
             handle.remove()
+        for parameter in left_out:
+            parameter.requires_grad_(True)
         for parameter in parameters.values():
             parameter.grad = None  # also after an interrupt in the middle of a backward pass
     return finite
 
 
-def negative_log_likelihood(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> Tensor:
+def negative_log_likelihood(model: PreTrainedModel, ids: Tensor, labels: Tensor, uniforms: Tensor | None = None) -> Tensor:
     """
     −Σ log p of one unpadded example's scored tokens, () float32.
 
     Args:
         ids (`Tensor` of int64): (T) tokens.
         labels (`Tensor` of int64): (T) targets *at* each position, or -100.
+        uniforms (`Tensor`, *optional*): (T) in [0, 1); draws the targets of scored positions from the model instead.
     """
     scored = (labels[1:] != IGNORED).nonzero().squeeze(-1)  # (S): position s predicts the token at s + 1
-    targets = labels[1:][scored].to(model.device)
     inputs = ids.to(model.device)[None]
     where = scored.to(model.device)
     # A head of 256,000 words over 512 positions is half a gigabyte of logits; only the scored ones are asked for.
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     extra = {"logits_to_keep": where} if keeps else {}
     logits = model(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False, **extra).logits[0]
-    logits = logits if keeps else logits[where.to(logits.device)]
-    return functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum")  # log-softmax in float32
+    logits = (logits if keeps else logits[where.to(logits.device)]).float()  # log-softmax in float32
+    if uniforms is None:
+        targets = labels[1:][scored].to(logits.device)
+    else:
+        targets = draw(logits.detach(), uniforms[1:][scored.to(uniforms.device)].to(logits.device))
+    return functional.cross_entropy(logits, targets, reduction="sum")

@@ -1,7 +1,7 @@
-"""What is differentiated: token ids with the positions that are scored, made from rows of text or of questions.
+"""What is differentiated: the examples of one estimate, and where they come from.
 
 Every [`Example`] is one sample of the Fisher, so the cut into examples *is* part of the estimate: a question is one, a
-completion is one, a piece of at most `max_length` tokens of running text is one.
+completion is one, a document of an `lm_eval:` task is one, a piece of at most `max_length` tokens of running text is one.
 """
 
 from __future__ import annotations
@@ -20,47 +20,25 @@ from transformers import PreTrainedTokenizerBase
 
 from ..artifact import ProbeRecord
 from ..config import FisherConfig
-from ..data import (
-    check_question,
-    check_text,
-    load_rows,
-    names_a_test_split,
-    refuse_test_split,
-    require_columns,
-    resolve_dataset_revision,
-)
+from ..data import load_rows, names_a_test_split, refuse_test_split, require_columns, resolve_dataset_revision
 from ..errors import DataError
-from .templates import render_answer, render_question, template_sha256
+from .examples import (
+    Example,
+    choice_example,
+    examples_of_completion,
+    examples_of_mmlu,
+    examples_of_running_text,
+    examples_of_text,
+    examples_of_tokens,
+)
+from .lm_eval_probe import TaskDocuments
+from .templates import template_sha256
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # the label of a position that is not scored, as everywhere in transformers
 MMLU = "cais/mmlu"
-
-
-@dataclass(frozen=True)
-class Example:
-    """
-    One sample of the Fisher.
-
-    Attributes:
-        input_ids (`list[int]`): Tokens, without padding.
-        labels (`list[int]`):
-            As long as `input_ids`. `labels[t]` is the token *at* position t (the model's prediction at t − 1 is scored against
-            it, the shift happens later, as in transformers), or -100 where nothing is scored. `labels[0]` is always -100.
-        options (`tuple[Example, ...]`):
-            For `labels: options`, every answer option as an example of its own (same prompt, scored continuation), the right
-            one included; otherwise empty.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    options: tuple[Example, ...] = ()
-
-    @property
-    def scored(self) -> int:
-        """Number of scored tokens."""
-        return sum(label != IGNORED for label in self.labels)
+ROWS = {"tokens": examples_of_tokens, "mmlu": examples_of_mmlu, "completion": examples_of_completion, "text": examples_of_text}
+OPTIONS = ("mmlu", "completion")  # probes of rows that can have answer options
 
 
 @dataclass(frozen=True)
@@ -73,15 +51,28 @@ class Probe:
     split: str | None
     revision: str | None
     examples: list[Example]
+    template: str | None = None  # the fingerprint of its wording, where `kind` does not settle it
+    task: str | None = None
+    num_fewshot: int | None = None
 
     @property
     def ids_sha256(self) -> str:
-        """Fingerprint of all token ids and labels, in order: what tokenizer, template, draw and cut together amount to."""
+        """
+        Fingerprint of all token ids and labels, options included, in order: what tokenizer, template, draw and cut together
+        amount to.
+        """
         digest = hashlib.sha256()
         for example in self.examples:
-            values = [len(example.input_ids), *example.input_ids, *example.labels]
+            values = _numbers(example)
+            if example.options:  # no example starts with a negative number, so that nothing else reads like this
+                values += [-len(example.options), *(value for option in example.options for value in _numbers(option))]
             digest.update(struct.pack(f"<{len(values)}i", *values))
         return digest.hexdigest()
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example, options included."""
+        return max(len(one.input_ids) for example in self.examples for one in (example, *example.options))
 
     def record(self, dropped: Sequence[int] = ()) -> ProbeRecord:
         """What the artifact records, counting only the examples that were used (all but the indices in `dropped`)."""
@@ -93,11 +84,23 @@ class Probe:
             config=self.config,
             split=self.split,
             revision=self.revision,
-            template_sha256=template_sha256(self.kind),
+            template_sha256=self.template or template_sha256(self.kind),
             ids_sha256=self.ids_sha256,
             examples=len(used),
             scored_tokens=sum(example.scored for example in used),
             dropped=len(gone),
+            task=self.task,
+            num_fewshot=self.num_fewshot,
+        )
+
+
+def check_context(probe: Probe, context: int | None) -> None:
+    """Raise a [`DataError`] if an example is longer than the model's context (tokens; `None`: unknown, no check)."""
+    if context is not None and probe.longest > context:
+        raise DataError(
+            f"the probe's longest example has {probe.longest} tokens, the model's context only {context}: positions beyond it "
+            f"were never trained, and what is measured there says nothing. Set `max_length: {context}` (long text is then cut "
+            "there; a question or completion that does not fit is named)."
         )
 
 
@@ -111,7 +114,7 @@ def build_probe(
 
     Args:
         config ([`FisherConfig`]):
-            `probe`, `dataset*`, `text_column`, `max_examples`, `max_length` and `seed` apply.
+            `probe`, `dataset*`, `text_column`, `task_folder`, `labels`, `max_examples`, `max_length` and `seed` apply.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Its BOS, when it defines one, starts every example exactly once. May be `None` for rows of tokens.
         rows (`Dataset` or sequence of `dict`, *optional*):
@@ -119,12 +122,19 @@ def build_probe(
             `labels` (as long; -100 = not scored) and perhaps `attention_mask`.
 
     With `max_examples`, rows are drawn in the seed's random order until there are enough examples (of a long text, all pieces).
+    No others are tokenised.
 
     Raises:
-        [`DataError`]: a test split (unless `allow_test_split`), no rows, or a row that cannot be used as it is, with its
-        number.
+        [`DataError`]: a test split (unless `allow_test_split`), no rows, `labels: options` where there are none, or a row that
+        cannot be used as it is, with its number.
     """
+    if config.task is not None:
+        if rows is not None:
+            raise DataError(f"`probe: {config.probe}` reads the task's own dataset; give no other one, or use another probe.")
+        return _task_probe(config, tokenizer)
     columns = {"mmlu": ("question", "choices", "answer"), "completion": ("prompt", "completion"), "text": (config.text_column,)}
+    if config.labels == "options":
+        columns["completion"] += ("options",)
     default = rows is None and config.dataset in (None, MMLU)
     split = config.dataset_split or ("auxiliary_train" if default else None)
     subset, revision, name = config.dataset_config, config.dataset_revision, None
@@ -147,114 +157,51 @@ def build_probe(
     there = rows.column_names if isinstance(rows, Dataset) else list(rows[0])
     kind = "tokens" if "input_ids" in there else config.probe
     require_columns(there, ("input_ids", "labels") if kind == "tokens" else columns[kind], name or "the given dataset")
+    if config.labels == "options" and kind not in OPTIONS:
+        raise DataError(
+            f"`labels: options` needs answer options, and the `{kind}` probe has none; {', '.join(OPTIONS)} and multiple "
+            "choice `lm_eval:` tasks do. Use `labels: empirical` or `sampled`."
+        )
     if tokenizer is None and kind != "tokens":
-        raise DataError(f"the `{kind}` probe needs a tokenizer, and none lies beside the model. Pass `tokenizer=`.")
-    make: Callable[..., Iterator[Example]] = {"tokens": _tokens, "mmlu": _mmlu, "completion": _completion, "text": _text}[kind]
-    examples: list[Example] = []
-    for index in _order(len(rows), config):
-        examples += make(rows[index], index + 1, config, tokenizer)
-        if config.max_examples is not None and len(examples) >= config.max_examples:
-            break
+        raise DataError(_NO_TOKENIZER.format(kind=kind))
+    make: Callable[..., Iterator[Example]] = ROWS[kind]
+    examples = _draw(len(rows), config, lambda index: make(rows[index], index + 1, config, tokenizer))
     if name is not None and Path(name).exists():
         name = Path(name).name  # never somebody's absolute path
-    return Probe(kind, name, subset, split, revision, examples[: config.max_examples])
+    return Probe(kind, name, subset, split, revision, examples)
 
 
-def _order(count: int, config: FisherConfig) -> list[int]:
-    if config.max_examples is None:
-        return list(range(count))
-    return torch.randperm(count, generator=torch.Generator().manual_seed(config.seed)).tolist()
+_NO_TOKENIZER = "the `{kind}` probe needs a tokenizer, and none lies beside the model. Pass `tokenizer=`."
 
 
-def _mmlu(row: Mapping[str, Any], number: int, config: FisherConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
-    check_question(row, number)
-    prompt, answer = render_question(row["question"], row["choices"]), render_answer(row["answer"])
-    yield _continuation(prompt, answer, number, config, tokenizer)
+def _task_probe(config: FisherConfig, tokenizer: PreTrainedTokenizerBase | None) -> Probe:
+    if tokenizer is None:
+        raise DataError(_NO_TOKENIZER.format(kind=config.probe))
+    documents = TaskDocuments(config)
+
+    def make(index: int) -> Iterator[Example]:
+        asked, where = documents.request(index), documents.where(index)
+        if isinstance(asked, str):
+            yield from examples_of_running_text(asked, where, config, tokenizer)
+        else:
+            yield choice_example(asked.pairs, asked.gold, where, config, tokenizer, merge=True)
+
+    examples = _draw(len(documents), config, make)
+    source = (documents.dataset, documents.config, documents.split, documents.revision)
+    return Probe("lm_eval", *source, examples, documents.template_sha256, documents.task, documents.num_fewshot)
 
 
-def _completion(
-    row: Mapping[str, Any], number: int, config: FisherConfig, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[Example]:
-    prompt = check_text(row, "prompt", number, may_be_empty=True)
-    yield _continuation(prompt, check_text(row, "completion", number), number, config, tokenizer)
+def _draw(count: int, config: FisherConfig, make: Callable[[int], Iterator[Example]]) -> list[Example]:
+    order: Sequence[int] = range(count)
+    if config.max_examples is not None:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed)).tolist()
+    examples: list[Example] = []
+    for index in order:
+        examples += make(index)
+        if config.max_examples is not None and len(examples) >= config.max_examples:
+            break
+    return examples[: config.max_examples]
 
 
-def _continuation(
-    prompt: str, continuation: str, number: int, config: FisherConfig, tokenizer: PreTrainedTokenizerBase
-) -> Example:
-    """Prompt and scored continuation, tokenised so that the boundary between them is also one between tokens."""
-    head, whole = _ids(tokenizer, prompt), _ids(tokenizer, prompt + continuation)
-    # Tokenised together, as the model reads the text. Where a token would straddle the boundary, part of the prompt would be
-    # scored with the continuation; there both are tokenised apart.
-    tail = whole[len(head) :] if whole[: len(head)] == head else _ids(tokenizer, continuation)
-    head, _ = _with_bos(head, tokenizer)
-    if len(head) + len(tail) > config.max_length:
-        raise DataError(
-            f"row {number}: {len(head) + len(tail)} tokens are more than `max_length: {config.max_length}`, and the scored end "
-            "would fall outside. Raise `max_length` or remove the row."
-        )
-    return _example(head + tail, [IGNORED] * len(head) + tail, number, tokenizer)
-
-
-def _text(row: Mapping[str, Any], number: int, config: FisherConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
-    ids, bos = _with_bos(_ids(tokenizer, check_text(row, config.text_column, number)), tokenizer)
-    # Each piece starts with BOS, or else with the last token of the piece before it, as context: every token is scored once.
-    targets, step = ids[1:], config.max_length - 1
-    if not targets:
-        raise DataError(
-            f"row {number}: `{config.text_column}` is a single token, so that nothing can be scored. Remove the row."
-        )
-    for start in range(0, len(targets), step):
-        first, rest = (ids[0] if bos else ids[start]), targets[start : start + step]
-        yield _example([first, *rest], [IGNORED, *rest], number, tokenizer)
-
-
-def _tokens(
-    row: Mapping[str, Any], number: int, config: FisherConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> Iterator[Example]:
-    ids, labels, mask = list(row["input_ids"]), list(row["labels"]), row.get("attention_mask")
-    if not len(ids) == len(labels) == len(ids if mask is None else mask):
-        raise DataError(
-            f"row {number}: `input_ids` ({len(ids)}), `labels` ({len(labels)}) and `attention_mask` differ in length."
-        )
-    positions, lengths = row.get("position_ids"), row.get("seq_lengths")
-    starts = (
-        0 if positions is None else sum(p == 0 and real for p, real in zip(positions, mask or [1] * len(ids), strict=False))
-    )
-    if starts > 1 or (lengths is not None and len(lengths) > 1):
-        raise DataError(_PACKED.format(number=number, sign="`position_ids` or `seq_lengths` mark several documents"))
-    if mask is not None:  # padding may lie on either side, or in between
-        ids, labels = ([value for value, keep in zip(values, mask, strict=True) if keep] for values in (ids, labels))
-    if len(ids) > config.max_length:
-        raise DataError(
-            f"row {number}: {len(ids)} tokens are more than `max_length: {config.max_length}`. Raise it or cut the row."
-        )
-    yield _example(ids, [IGNORED, *labels[1:]], number, tokenizer)
-
-
-_PACKED = (
-    "row {number}: {sign}. Documents packed in one row would count as one sample, and their gradients would be added before "
-    "they are squared. Give one document per row (`packing=False`)."
-)
-
-
-def _example(ids: list[int], labels: list[int], number: int, tokenizer: PreTrainedTokenizerBase | None) -> Example:
-    bos, eos = (None, None) if tokenizer is None else (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    if bos is not None and bos in (ids[1:-1] if bos == eos else ids[1:]):  # GPT-2's BOS is its EOS and may also end a row
-        raise DataError(_PACKED.format(number=number, sign=f"the beginning-of-sequence token {bos} stands inside it"))
-    example = Example(ids, labels)
-    if not example.scored:
-        raise DataError(
-            f"row {number}: no token is scored (all labels are {IGNORED}, or the answer has no token). Remove the row."
-        )
-    return example
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _with_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], bool]:
-    """Put BOS in front unless there is none or the text brought its own, so that it stands there exactly once."""
-    bos = tokenizer.bos_token_id
-    return (ids if bos is None or ids[:1] == [bos] else [bos, *ids]), bos is not None
+def _numbers(example: Example) -> list[int]:
+    return [len(example.input_ids), *example.input_ids, *example.labels]

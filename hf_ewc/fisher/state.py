@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ STATE = "estimate.json"
 
 class RunningState:
     """
-    Sums of squares after the first `position` examples, and which of those were dropped.
+    Sums of squares after the first `position` examples, which of those were dropped, and what else is followed beside them.
 
     A save is atomic, `kill -9` and a full disk included: the sums go to a file of a new name, and only then is the small
     `estimate.json`, which names the valid file, replaced in one rename. The file before is deleted last.
@@ -72,34 +72,63 @@ class RunningState:
             )
         self.position, self.dropped, self._file = position, dropped, file
 
-    def load(self, sums: Mapping[str, Tensor]) -> None:
-        """Set `sums`, in place, to what was last saved: zeros when that is nothing."""
+    def load(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """
+        Set `sums`, in place, to what was last saved, and return the other tensors that were saved with them. Where nothing was:
+        zeros, nothing, and `position` 0.
+        """
         if self.folder is None or self._file is None:
+            self.position, self.dropped = 0, []
             for total in sums.values():
                 total.zero_()
-            return
+            return {}
         try:
             with safe_open(self.folder / self._file, "pt") as file:
                 for name, total in sums.items():
                     total.copy_(file.get_tensor(name))
+                return {name: file.get_tensor(name) for name in file.keys() if name not in sums}  # noqa: SIM118 - no mapping
         except (OSError, SafetensorError) as error:
             raise ConfigError(
                 f"the running sums {self._file} in `work_dir` '{self.folder}' cannot be read ({error}). "
                 "Delete the folder and begin again."
             ) from error
 
-    def save(self, sums: Mapping[str, Tensor], position: int, dropped: list[int]) -> None:
-        """Record `sums` as those of the first `position` examples without the `dropped` ones."""
+    def save(
+        self,
+        sums: Mapping[str, Tensor],
+        position: int,
+        dropped: list[int],
+        beside: Mapping[str, Tensor] | None = None,
+        agreed: Callable[[], object] = lambda: None,
+    ) -> None:
+        """
+        Record `sums` as those of the first `position` examples without the `dropped` ones, and other tensors beside them.
+
+        `agreed` is called when the new sums lie on the disk, before they become the valid ones: there, processes whose sums
+        belong together wait for each other. Whoever is killed then, `adopt` brings them to one position again.
+        """
         self.position, self.dropped = position, list(dropped)
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file = f"sums-{position}.safetensors"
         path = self.folder / self._file
-        save_file({name: total.contiguous() for name, total in sums.items()}, path)
+        save_file({name: tensor.contiguous() for name, tensor in {**(beside or {}), **sums}.items()}, path)
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        found = {"position": position, "dropped": dropped, "file": self._file, "identity": self.identity}
+        agreed()
+        self._point_to(path)
+
+    def adopt(self, position: int, dropped: list[int]) -> None:
+        """Go on from sums that another process made valid when this one, which had written its own, was killed."""
+        if self.folder is None or position == self.position:
+            return
+        self.position, self.dropped, self._file = position, list(dropped), f"sums-{position}.safetensors"
+        self._point_to(self.folder / self._file)
+
+    def _point_to(self, path: Path) -> None:
+        assert self.folder is not None
+        found = {"position": self.position, "dropped": self.dropped, "file": path.name, "identity": self.identity}
         write_atomically(self.folder / STATE, json.dumps(found, indent=2))
         for old in self.folder.glob("sums-*.safetensors"):  # the one before, and what a killed run left behind
             if old != path:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..data import LETTERS
 
@@ -33,7 +36,8 @@ def render_answer(answer: int) -> str:
 
 
 def template_sha256(probe: str) -> str:
-    """Fingerprint of the wording: another wording is another probe, so that the artifact records it."""
+    """Fingerprint of the wording: another wording is another probe, so that the artifact records it. (A task of
+    lm-evaluation-harness brings its own wording, see [`settings_sha256`].)"""
     wordings = {
         "mmlu": render_question("{question}", ["{0}", "{1}", "{2}", "{3}"]) + render_answer(0),
         "completion": "{prompt}{completion}",
@@ -41,3 +45,15 @@ def template_sha256(probe: str) -> str:
         "tokens": "{input_ids}{labels}",
     }
     return hashlib.sha256(wordings[probe].encode()).hexdigest()
+
+
+def settings_sha256(settings: Mapping[str, Any]) -> str:
+    """Fingerprint of templates given as settings, of functions their source; independent of the process and of key order."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=_source).encode()).hexdigest()
+
+
+def _source(value: Any) -> str:
+    try:
+        return inspect.getsource(value)
+    except (TypeError, OSError):  # `str` would hold an address, another one in each process
+        return getattr(value, "__qualname__", type(value).__qualname__)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..artifact import AnchorTensors, BaseModel, FisherInformation
+from ..artifact import BaseModel, FisherInformation
 from ..errors import ConfigError
 from . import kernels, metric, views
 
@@ -38,7 +38,7 @@ class EWCController:
 
     Args:
         fisher ([`FisherInformation`]): the artifact; its values are divided by its number of scored tokens.
-        base ([`BaseModel`]): the model that θ* is read from, file by file.
+        base ([`BaseModel`]): the model that θ* is read from, file by file, unless a folded Fisher brings its own θ*.
         ewc_lambda (`float`): λ ≥ 0, in nats of new loss per nat of divergence on the probe, both per token.
         mode (`str`): `"loss"`, `"proximal"` or `"decoupled"`; see `reference.py`.
         missing (`str`): `"error"`, or `"ignore"` to leave parameters that the Fisher does not hold unpenalised.
@@ -86,15 +86,19 @@ class EWCController:
                 f"{strangers[0]}): it was built for another model object, or leaves them out. Let the Trainer build the "
                 "optimizer. Nothing was trained."
             )
-        anchors = AnchorTensors(self.base, [name for name in params if name not in uncovered])
+        anchors = self.fisher.anchor([name for name in params if name not in uncovered], self.base)
         self.protected = [
-            self._protect(name, param, anchors, groups[id(param)]) for name, param in params.items() if name not in uncovered
+            self._protect(name, param, anchors.read(name), groups[id(param)])
+            for name, param in params.items()
+            if name not in uncovered
         ]
         self._warn_of_low_precision()
 
-    def _protect(self, name: str, param: nn.Parameter, anchors: AnchorTensors, group: dict[str, Any]) -> Protected:
-        # rounded through the parameter's dtype, as loading did, so that the penalty is exactly 0 before the first step
-        anchor = anchors.read(name).to(param.dtype)
+    def _protect(self, name: str, param: nn.Parameter, anchor: Tensor, group: dict[str, Any]) -> Protected:
+        if not self.fisher.has_own_anchor:
+            # rounded through the parameter's dtype, as loading did, so that the penalty is exactly 0 before the first step. A
+            # folded anchor lies between models: the penalty does not start at 0, and rounding would only move it
+            anchor = anchor.to(param.dtype)
         fisher = self.fisher.read(name)
         device = views.flat(param).device
         return Protected(name, param, views.narrow(anchor).to(device).view(-1), views.narrow(fisher).to(device).view(-1), group)
@@ -196,12 +200,21 @@ class EWCController:
             )
 
     def state(self) -> dict[str, Any]:
-        """What `ewc_state.json` says beside a checkpoint: enough to find F and θ* again and to tell that they are the same."""
+        """
+        What `ewc_state.json` says beside a checkpoint: enough to find F and θ* again and to tell that they are the same. Where
+        several Fishers were folded, `fisher.fold` lists them, and `anchor` is the base of the newest.
+        """
+        pairs = self.fisher.manifest.fold.pairs if self.fisher.manifest.fold and self.fisher.parts else []
+        fold = [{**_named(part), "coefficient": p.coefficient} for part, p in zip(self.fisher.parts, pairs, strict=True)]
         return {
             "ewc_lambda": self.ewc_lambda,
             "ewc_mode": self.mode,
-            "fisher": {"source": self.fisher.source, "sha256": self.fisher.sha256},
+            "fisher": {**_named(self.fisher), **({"fold": fold} if fold else {})},
             "anchor": {"id": self.base.id, "revision": self.base.revision, "fingerprint": self.base.fingerprint},
             "protected_tensors": len(self.protected),
             "unprotected": self.unprotected,
         }
+
+
+def _named(fisher: FisherInformation) -> dict[str, Any]:
+    return {"source": fisher.source, "sha256": fisher.sha256}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,10 @@ def definition(model, examples) -> dict[str, torch.Tensor]:
         for name, gradient in gradients.items():
             sums[name] += gradient.float() ** 2
     return sums
+
+
+def read_all(fisher) -> dict[str, torch.Tensor]:
+    return {name: fisher.read(name) for name in fisher.names}
 
 
 def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], rtol: float = 1e-5) -> None:
@@ -154,9 +159,12 @@ def test_a_killed_estimate_resumes_bitwise(base_folder, tmp_path):
     position = json.loads((work / "estimate.json").read_text())["position"]
     assert 0 < position < 240
 
-    config = FisherConfig(dataset=str(data), work_dir=str(work), resume=True, batch_size=8, save_every=5)
-    resumed = estimate_fisher(base_folder, config, progress=False)
-    straight = estimate_fisher(base_folder, FisherConfig(dataset=str(data)), progress=False)
+    settings = dict(dataset=str(data), batch_size=2, save_every=3)
+    straight = estimate_fisher(base_folder, FisherConfig(**settings), progress=False)
+    other = FisherConfig(**{**settings, "batch_size": 8, "save_every": 5}, work_dir=str(tmp_path / "copy"), resume=True)
+    shutil.copytree(work, tmp_path / "copy")
+    assert_same(read_all(estimate_fisher(base_folder, other, progress=False)), read_all(straight))
+    resumed = estimate_fisher(base_folder, FisherConfig(**settings, work_dir=str(work), resume=True), progress=False)
     for name in straight.names:
         torch.testing.assert_close(resumed.read(name), straight.read(name), rtol=0, atol=0)
     assert resumed.normalizer == straight.normalizer

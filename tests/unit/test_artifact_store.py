@@ -112,7 +112,7 @@ def test_bfloat16_makes_no_zero_no_infinity_and_small_errors(values, rows):
     torch.testing.assert_close(codec.decode("w", reader_of(stored), part), back[part], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["float16", "fp8", "log8"])
+@pytest.mark.parametrize("name", ["float16", "fp8", "int8"])
 def test_codecs_that_zero_a_fisher_are_refused(fisher, tmp_path, name):
     with pytest.raises(ConfigError, match=f"codec: {name}"):
         fisher.save_pretrained(tmp_path / "f", codec=name)

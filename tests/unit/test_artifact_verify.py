@@ -239,7 +239,7 @@ def test_a_manifest_that_is_no_json_object_is_refused(folder, text):
         (lambda d: d.update(parameters={}), "parameters is empty"),
         (lambda d: d["parameters"].update({NORM: {"shape": "32"}}), f"field `parameters.{NORM}` holds '32'"),
         (lambda d: d["parameters"].update({NORM: {"size": [32]}}), "field `parameters"),
-        (lambda d: d["storage"].update(codec="log8"), "codec 'log8' is not one of float32, bfloat16"),
+        (lambda d: d["storage"].update(codec="log4"), "codec 'log4' is not one of float32, bfloat16, log8"),
         (lambda d: d["storage"].update(shards={}), "storage.shards is empty"),
         (lambda d: d["estimator"].update(reduction="mean"), "estimator.reduction is 'mean'"),
         (lambda d: d["estimator"].update(normalizer=0), "estimator.normalizer must be a finite number above 0"),

@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from hf_ewc.cli.main import COMMANDS, guarded, is_disk_full, main
+from hf_ewc.cli.main import COMMANDS, SUBCOMMANDS, guarded, is_disk_full, main
 from hf_ewc.errors import ConfigError
+
+NAMES = [*COMMANDS, *SUBCOMMANDS]
 
 
 def test_help_lists_every_command(capsys):
@@ -18,7 +20,7 @@ def test_help_lists_every_command(capsys):
     assert all(f"  {name} " in out for name in COMMANDS)
 
 
-@pytest.mark.parametrize("argv", [[], ["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)], ids=str)
+@pytest.mark.parametrize("argv", [[], ["--help"], ["--version"], *([*name.split(), "--help"] for name in NAMES)], ids=str)
 def test_help_imports_no_heavy_library(argv):
     code = (
         f"import sys; from hf_ewc.cli.main import main; import hf_ewc; rc = main({argv!r});"
@@ -31,9 +33,9 @@ def test_help_imports_no_heavy_library(argv):
     assert "hf-ewc" in done.stdout
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_each_help_has_an_example_and_fits_a_terminal(name, capsys):
-    main([name, "--help"])
+    main([*name.split(), "--help"])
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith(f"  hf-ewc {name}") or line == f"Usage: hf-ewc {name}" for line in lines)
     assert max(map(len, lines)) <= 128

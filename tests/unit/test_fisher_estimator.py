@@ -29,10 +29,12 @@ def token_rows(*firsts: int) -> list[dict]:
     return [{"input_ids": [2, first, *tail], "labels": [-100, -100, *tail]} for first, tail in rows]
 
 
-def assert_equal(left: FisherInformation, right: FisherInformation) -> None:
+def assert_equal(left: FisherInformation, right: FisherInformation, tolerance: float = 0) -> None:
+    """Bit by bit, or within a tolerance relative to each tensor's largest value: other batches round differently."""
     assert left.names == right.names
     for name in left.names:
-        torch.testing.assert_close(left.read(name), right.read(name), rtol=0, atol=0)
+        theirs = right.read(name)
+        torch.testing.assert_close(left.read(name), theirs, rtol=tolerance, atol=tolerance * float(theirs.max()))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def test_the_artifact_records_what_was_measured(base_folder, tmp_path):
     assert (probe.kind, probe.dataset, probe.split) == ("mmlu", "questions.jsonl", "validation")
     assert (probe.examples, probe.dropped) == (6, 0)
     assert probe.scored_tokens == fisher.normalizer > 0
-    assert (record.labels, record.granularity, record.reduction, record.path) == ("empirical", "example", "sum", "one_by_one")
+    assert (record.labels, record.granularity, record.reduction, record.path) == ("empirical", "example", "sum", "batched")
     assert (record.accumulation_dtype, record.model_dtype, record.max_length) == ("float32", "float32", 64)
     model = AutoModelForCausalLM.from_pretrained(base_folder)
     assert fisher.names == [name for name, _ in model.named_parameters()], "every parameter, the tied table once"
@@ -66,7 +68,7 @@ def test_the_artifact_records_what_was_measured(base_folder, tmp_path):
 def test_ten_examples_in_batches_of_four_count_as_ten(base_folder):
     rows = (tiny.QUESTIONS * 2)[:10]
     one, four = estimate(base_folder, rows=rows, batch_size=1), estimate(base_folder, rows=rows, batch_size=4)
-    assert_equal(one, four)
+    assert_equal(one, four, 1e-5)
     assert one.manifest.probes[0].examples == four.manifest.probes[0].examples == 10
 
 
@@ -122,7 +124,7 @@ def test_only_scored_positions_reach_the_language_model_head(base_folder):
     seen = []
     handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape[:2])))
     probe = build_probe(FisherConfig(), None, rows=token_rows(60, 61))
-    estimate(model, rows=token_rows(60, 61))
+    estimate(model, rows=token_rows(60, 61), path="one_by_one")
     handle.remove()
     assert seen == [(1, example.scored) for example in probe.examples] == [(1, 3), (1, 3)]
 
@@ -157,7 +159,7 @@ def test_examples_with_nan_gradients_leave_no_trace(poisoned_folder, tmp_path, c
     settings = {} if save_every is None else {"work_dir": str(tmp_path / "work"), "save_every": save_every}
     with caplog.at_level(logging.WARNING):
         fisher = estimate(poisoned_folder, rows=mixed, max_dropped=0.5, batch_size=batch_size, **settings)
-    assert_equal(fisher, estimate(poisoned_folder, rows=rows))
+    assert_equal(fisher, estimate(poisoned_folder, rows=rows), 1e-5)
     [probe] = fisher.manifest.probes
     assert (probe.examples, probe.dropped, probe.scored_tokens) == (5, 3, 15)
     assert fisher.normalizer == 15

@@ -13,7 +13,7 @@ FLOORS = {
     **dict.fromkeys(("callback", "trainer"), 3),
     "evaluation": 4,
     "experiment": 5,
-    "demo": 6,
+    **dict.fromkeys(("demo", "bench"), 6),
     "cli": 7,
 }
 

@@ -1,0 +1,124 @@
+"""`torchrun hf-ewc fisher`: two processes with a share of the examples each give the Fisher of one, also after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from hf_ewc import FisherInformation
+
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def command(processes: int, arguments: list[str]) -> list[str]:
+    return [sys.executable, *(TWO if processes == 2 else []), "-m", "hf_ewc.cli.main", "fisher", *map(str, arguments)]
+
+
+def run(processes: int, *arguments: object, fails: bool = False) -> str:
+    done = subprocess.run(
+        command(processes, list(arguments)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def apart(left: Path, right: Path) -> float:
+    """Largest difference of two stored Fishers, relative to each tensor's largest value."""
+    one, two = FisherInformation.from_pretrained(left), FisherInformation.from_pretrained(right)
+    assert one.names == two.names
+    assert one.normalizer == two.normalizer
+    return max(float((one.read(n) - two.read(n)).abs().max() / one.read(n).max()) for n in one.names)
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> Path:
+    """17 of them: they cannot be shared out evenly."""
+    return tiny.write_jsonl(tmp_path_factory.mktemp("data") / "questions.jsonl", (tiny.QUESTIONS * 3)[:17])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["--labels", "sampled", "--draws", "2"],
+        ["--granularity", "token"],
+        ["--granularity", "batch"],
+        ["--sharding", "fsdp2"],
+        ["--sharding", "fsdp2", "--labels", "options"],
+        ["--sharding", "fsdp2", "--granularity", "batch", "--labels", "sampled", "--draws", "2"],
+    ],
+    ids=" ".join,
+)
+def test_two_processes_give_the_fisher_of_one(base_folder, questions, tmp_path, settings):
+    common = ["--model", base_folder, "--dataset", questions, "--codec", "float32", "--batch_size", 3, *settings]
+    run(1, *common, "--sharding", "replicate", "--output_dir", tmp_path / "one")
+    said = run(2, *common, "--output_dir", tmp_path / "two", "--num_processes", 2)
+    assert apart(tmp_path / "one", tmp_path / "two") < 1e-6
+    assert said.count("17 examples") == 1, "one process speaks for both"
+    one, two = (FisherInformation.from_pretrained(tmp_path / name).manifest.estimator for name in ("one", "two"))
+    for left, right in zip(one.stability, two.stability, strict=True):
+        assert left.examples == right.examples
+        # (shards draw another sample of the weights)
+        assert abs(left.correlation - right.correlation) < (0.05 if "fsdp2" in settings else 1e-4)
+    assert not list(tmp_path.glob("*.partial")), "the running sums of both are cleared away"
+
+
+def test_a_launcher_that_starts_one_process_is_noticed(base_folder, questions, tmp_path):
+    said = run(
+        1, "--model", base_folder, "--dataset", questions, "--output_dir", tmp_path / "o", "--num_processes", 2, fails=True
+    )
+    assert "num_processes: 2" in said
+    assert "torchrun" in said
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("sharding", ["replicate", "fsdp2"])
+def test_two_killed_processes_resume_to_the_fisher_of_an_uninterrupted_run(base_folder, tmp_path, sharding):
+    data = tiny.write_jsonl(tmp_path / "questions.jsonl", tiny.QUESTIONS * 50)
+    common = ["--model", base_folder, "--dataset", data, "--codec", "float32", "--batch_size", 2, "--save_every", 4]
+    common += ["--sharding", sharding]
+    run(2, *common, "--output_dir", tmp_path / "straight")
+    out, work = tmp_path / "out", tmp_path / "out.partial"
+    process = subprocess.Popen(
+        command(2, [*common, "--output_dir", str(out)]),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    limit = time.monotonic() + 120
+    try:
+        while len(list(work.glob("process-*/estimate.json"))) < 2 and process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.01)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # the launcher and both workers
+    process.wait()
+    assert not out.exists(), "it should have been killed in the middle"
+    positions = [json.loads(path.read_text())["position"] for path in work.glob("process-*/estimate.json")]
+    assert len(positions) == 2
+    assert all(0 < position < 300 for position in positions)
+    run(2, *common, "--output_dir", out, "--resume")
+    one, two = FisherInformation.from_pretrained(out), FisherInformation.from_pretrained(tmp_path / "straight")
+    for name in one.names:
+        assert torch.equal(one.read(name), two.read(name))
+
+
+def test_a_resumed_run_with_another_number_of_processes_or_batch_size_is_refused(base_folder, questions, tmp_path):
+    work = ["--work_dir", tmp_path / "work"]
+    common = ["--model", base_folder, "--dataset", questions, "--batch_size", 3, *work]
+    run(2, *common, "--output_dir", tmp_path / "one")
+    said = run(2, *common[:-4], "--batch_size", 2, *work, "--output_dir", tmp_path / "two", "--resume", fails=True)
+    assert "cannot be continued with other settings" in said
