@@ -12,6 +12,7 @@ from .anchor import AnchorTensors
 from .base import BaseModel, tokenizer_sha256
 from .manifest import ADAM_PATH, EstimatorRecord, Manifest, ProbeRecord, StabilityRecord
 from .store import FisherInformation
+from .summary import layer_and_group
 
 __all__ = [
     "ADAM_PATH",
@@ -25,6 +26,7 @@ __all__ = [
     "ProbeRecord",
     "StabilityRecord",
     "codec_accuracy",
+    "layer_and_group",
     "stored_accuracy",
     "tokenizer_sha256",
 ]

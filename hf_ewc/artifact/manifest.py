@@ -37,6 +37,9 @@ class ProbeRecord:
         name (`str`, *optional*): what a mixture calls it.
         task (`str`, *optional*): task of lm-evaluation-harness, for `kind="lm_eval"`.
         num_fewshot (`int`, *optional*): worked examples in front of each prompt, for `kind="lm_eval"`.
+
+    Of an imported Adam state (`kind="adam"`) no data are known: `ids_sha256` is the state file's hash, `examples` the number of
+    batches that its average amounts to, `scored_tokens` that times the tokens of a batch.
     """
 
     kind: str
@@ -62,7 +65,8 @@ class StabilityRecord:
 
     Args:
         examples (`int`): examples that were used by then, both halves together.
-        correlation (`float`): Pearson correlation of log F between the halves, over sampled weights.
+        correlation (`float`): Pearson correlation of log F between the halves, over sampled weights, each of which stands for
+            its share of the model.
         overlap (`float`): share of the top 1 % of weights that both halves agree on.
         groups (`dict[str, float]`): the correlation by layer and group (`"layer 3 mlp"`, `"embedding"`).
         probe (`str`, *optional*): of which probe of a mixture.

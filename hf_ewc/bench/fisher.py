@@ -148,12 +148,12 @@ def peak_formula(model: Gemma2ForCausalLM, batch: Mapping[str, Tensor], scratch:
     """
     An upper bound for the batched path, in bytes: weights 4P + running sums 4P + what autograd keeps of a forward pass of the
     backbone (measured: it is the architecture's own) + gradients on their way through the widest layer, 4 tensors of its widest
-    activation + `scratch`. No logits.
+    activation and 8 of the hidden states + `scratch`. No logits.
     """
     ids, config = batch["input_ids"], model.config
     kept = peak_bytes(lambda: model.model(input_ids=ids, use_cache=False).last_hidden_state)
-    widest = ids.numel() * max(config.intermediate_size, config.num_attention_heads * ids.shape[1])
-    return 8 * sum(parameter.numel() for parameter in model.parameters()) + kept + 4 * 4 * widest + scratch
+    widest = max(config.intermediate_size, config.num_attention_heads * ids.shape[1]) + 2 * config.hidden_size
+    return 8 * sum(parameter.numel() for parameter in model.parameters()) + kept + 4 * 4 * ids.numel() * widest + scratch
 
 
 def make_model(size: str, length: int) -> Gemma2ForCausalLM:

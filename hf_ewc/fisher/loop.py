@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -91,9 +91,10 @@ class Loop:
             while number < len(self.windows):
                 window = self.windows[number]
                 if window.stop > self.state.position:
-                    if not self._through(window, careful=window.start in suspicious):
-                        # Something NaN or infinite is in the sums by now. Back to where they were clean, and through this
-                        # window with a look at each example before it is added: a second copy of the sums is never needed.
+                    if not self._clean(window, careful=window.start in suspicious):
+                        # Something NaN or infinite is in the sums by now (or a module had to be left out). Back to where they
+                        # were right, and through this window with a look at each example before it is added: a second copy of
+                        # the sums is never needed.
                         suspicious.add(window.start)
                         self._go_back()
                         number = 0
@@ -113,39 +114,41 @@ class Loop:
     def _mine(self, window: Window) -> list[list[int]]:
         return [numbers for _, numbers in window.batches[self.processes.rank :: self.processes.size]]
 
+    def _clean(self, window: Window, careful: bool) -> bool:
+        """Go through a window; whether the sums can be used. With care they must be, or there is no way on."""
+        try:
+            if self._through(window, careful):
+                return True
+        except LeftOver as change:
+            if self.config.granularity == "token":
+                raise DataError(f"`granularity: token` cannot be had for {change}. Use `granularity: example`.") from None
+            logger.warning("From now on these go through the one-by-one path: %s.", change)
+            return False
+        if careful:
+            raise DataError(
+                f"the sums of squares of examples {window.start + 1} to {window.stop} are not finite although the gradient of "
+                "each is: they exceed the range of float32. Look at the model's loss on them."
+            )
+        return False
+
     def _through(self, window: Window, careful: bool) -> bool:
         dropped = list(self.state.dropped)
-        for half, numbers in window.batches[self.processes.rank :: self.processes.size]:
-            good = [n for n in numbers if not careful or self._is_finite(n)]
-            bad = [n for n in numbers if n not in good]
-            dropped += bad
-            self._refuse_too_many(dropped) if bad else None
-            if good:
-                self.halves.begin(self.sums)
-                try:
-                    finite = self.engine.add(self._batch(good), self.sums)
-                except LeftOver as change:
-                    if self.config.granularity == "token":
-                        raise DataError(
-                            f"`granularity: token` is not defined for {change}. Use `granularity: example`."
-                        ) from None
-                    logger.warning("From now on these go through the one-by-one path: %s.", change)
+        mine = window.batches[self.processes.rank :: self.processes.size]
+        for half, batches in groupby(mine, key=lambda batch: batch[0]):
+            self.halves.begin(self.sums)
+            for _, numbers in batches:
+                bad = [n for n in numbers if careful and not self._is_finite(n)]
+                if bad:
+                    dropped += bad
+                    self._refuse_too_many(dropped)
+                if (good := [n for n in numbers if n not in bad]) and not self.engine.add(self._batch(good), self.sums):
                     return False
-                self.halves.end(self.sums, half)
-                if not finite:
-                    break
-            self.bar.update(len(numbers))
+                self.bar.update(len(numbers))
+            self.halves.end(self.sums, half)
         trace = torch.stack([total.sum() for total in self.sums.values() if total.numel()])
-        if not bool(trace.isfinite().all()):
-            if careful:
-                raise DataError(
-                    f"the sums of squares of examples {window.start + 1} to {window.stop} are not finite although the gradient "
-                    "of each is: they exceed the range of float32. Look at the model's loss on them."
-                )
-            return False
         self.bar.set_postfix(trace=f"{float(trace.sum()) / self._tokens[window.stop]:.3g}", refresh=False)  # per token
         self._dropped_now = dropped
-        return True
+        return bool(trace.isfinite().all())
 
     def _batch(self, numbers: list[int]) -> Batch:
         config, examples = self.config, [self.examples[n] for n in numbers]

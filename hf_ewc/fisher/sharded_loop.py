@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import groupby
 
 import torch
 from transformers import PreTrainedModel
@@ -49,18 +50,18 @@ class ShardedLoop(Loop):
     def _through(self, window: Window, careful: bool) -> bool:
         dropped = list(self.state.dropped)
         together = self.config.granularity == "batch"
-        for half, numbers in window.batches:
-            batch = self._batch(numbers)  # the same on all processes: asking for the options' losses is a pass of all of them
+        for half, batches in groupby(window.batches, key=lambda batch: batch[0]):
             self.halves.begin(self.sums)
-            if together:
-                bad = self._add_together(batch, numbers)
-            else:
-                bad = self._add_rows(batch, numbers)
+            for _, numbers in batches:
+                batch = self._batch(
+                    numbers
+                )  # the same on all processes: asking for the options' losses is a pass of all of them
+                bad = self._add_together(batch, numbers) if together else self._add_rows(batch, numbers)
+                if bad:
+                    dropped += bad
+                    self._refuse_too_many(dropped)
+                self.bar.update(len(numbers))
             self.halves.end(self.sums, half)
-            dropped += bad
-            if bad:
-                self._refuse_too_many(dropped)
-            self.bar.update(len(numbers))
         self._dropped_now = dropped
         return True
 

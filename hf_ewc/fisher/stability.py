@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..artifact import StabilityRecord, summary
+from ..artifact import StabilityRecord, layer_and_group
 from ..errors import ConfigError
 
 TOP_SHARE = 0.01
@@ -261,7 +261,7 @@ def _top(half: Tensor, weights: Tensor) -> Tensor:
 
 def group_label(name: str) -> str:
     """`"layer 3 mlp"`, `"embedding"`, …: what a parameter is reported under."""
-    layer, group = summary.layer_and_group(name)
+    layer, group = layer_and_group(name)
     return group if layer is None or group == "norm" else f"layer {layer} {group}"
 
 

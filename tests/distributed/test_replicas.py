@@ -122,3 +122,52 @@ def test_a_resumed_run_with_another_number_of_processes_or_batch_size_is_refused
     run(2, *common, "--output_dir", tmp_path / "one")
     said = run(2, *common[:-4], "--batch_size", 2, *work, "--output_dir", tmp_path / "two", "--resume", fails=True)
     assert "cannot be continued with other settings" in said
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> Path:
+    """A configuration with a task of lm-evaluation-harness over local files, questions and running text."""
+    folder = tmp_path_factory.mktemp("mixture")
+    train = tiny.write_jsonl(folder / "animals.jsonl", tiny.QUESTIONS)
+    texts = tiny.write_jsonl(folder / "texts.jsonl", [{"text": text} for text in tiny.TEXTS])
+    tasks = folder / "tasks"
+    tasks.mkdir()
+    task = {
+        "task": "animals",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"train": str(train)}},
+        "training_split": "train",
+        "output_type": "multiple_choice",
+        "doc_to_text": "Q: {{question}}\nA:",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "num_fewshot": 1,
+    }
+    (tasks / "animals.yaml").write_text(json.dumps(task))  # JSON is YAML
+    probes = {
+        "animals": {"probe": "lm_eval:animals", "task_folder": str(tasks), "max_length": 128, "weight": 2},
+        "letters": {"probe": "mmlu", "dataset": str(train)},
+        "text": {"probe": "text", "dataset": str(texts), "max_length": 24},
+    }
+    config = folder / "fisher.yaml"
+    config.write_text(json.dumps({"probes": probes, "codec": "float32", "batch_size": 3}))
+    return config
+
+
+def test_a_mixture_with_a_task_of_the_harness_is_the_same_fisher_by_every_path(base_folder, mixture, tmp_path):
+    common = ["--config", mixture, "--model", base_folder]
+    run(1, *common, "--path", "one_by_one", "--output_dir", tmp_path / "reference")
+    run(1, *common, "--output_dir", tmp_path / "batched")
+    run(2, *common, "--output_dir", tmp_path / "replicas")
+    run(2, *common, "--sharding", "fsdp2", "--output_dir", tmp_path / "sharded")
+    paths = {}
+    for name in ("batched", "replicas", "sharded"):
+        assert apart(tmp_path / "reference", tmp_path / name) < 1e-6
+        manifest = FisherInformation.from_pretrained(tmp_path / name).manifest
+        paths[name] = manifest.estimator.path
+        assert [(probe.name, probe.kind, probe.task, probe.weight) for probe in manifest.probes] == [
+            ("animals", "lm_eval", "animals", 0.5),
+            ("letters", "mmlu", None, 0.25),
+            ("text", "text", None, 0.25),
+        ]
+    assert paths == {"batched": "batched", "replicas": "batched", "sharded": "fsdp2_unsharded_gradient"}
