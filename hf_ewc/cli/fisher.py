@@ -5,7 +5,11 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..artifact import FisherInformation
+    from ..config import FisherConfig
 
 HELP = """\
 Usage: hf-ewc fisher [--config FILE.yaml] [--key value …]
@@ -71,7 +75,8 @@ def run(argv: list[str]) -> int:
     refuse_same_folder(out, model=script.model)
     processes = Replicas.joined(config.num_processes)
     if config.resume and (out / "fisher_config.json").is_file():
-        print(f"Nothing to resume: {out} holds a finished Fisher. To estimate it again, use `--overwrite`.")
+        if processes.rank == 0:
+            print(f"Nothing to resume: {out} holds a finished Fisher. To estimate it again, use `--overwrite`.")
         return 0
     # an old Fisher stays until the new one takes its place; only the sums of an interrupted run go at once
     if processes.rank == 0:
@@ -81,15 +86,23 @@ def run(argv: list[str]) -> int:
 
     fisher = estimate_fisher(script.model, config)
     processes.gather(None)  # all have read what lies in `partial`
-    if processes.rank > 0:
-        return 0
+    if processes.rank == 0:
+        _finish(script, config, fisher, partial)
+    processes.gather(None)  # no process ends while another still works: a launcher might take that for a failure
+    return 0
+
+
+def _finish(script: FisherScript, config: FisherConfig, fisher: FisherInformation, partial: Path) -> None:
+    """Write the Fisher, clear the running sums away, and say what was measured."""
+    from .output import claim
+
+    out = Path(script.output_dir)
     fisher.save_pretrained(out, codec=config.codec, overwrite=script.overwrite)
     if partial == Path(f"{out}.partial"):
         claim(partial, SUMS, SUMS, resume=False, overwrite=True, setting="work_dir")
         with suppress(OSError):  # something else lies in it
             partial.rmdir()
     print(summary(script.model, out, config.until_stable, Path(f"{out}.stability.png") if script.report else None))
-    return 0
 
 
 def summary(model: str, out: Path, threshold: float | None, picture: Path | None) -> str:

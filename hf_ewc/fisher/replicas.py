@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Replicas:
         size = check_world(expected)
         if size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            atexit.register(_leave)
         return cls(dist.get_rank(), size) if dist.is_initialized() else cls()
 
     @property
@@ -69,3 +71,8 @@ class Replicas:
                     f"process {self.rank} and process {rank} do not estimate the same Fisher: `{key}` is {identity[key]} "
                     f"here and {other.get(key)} there. Give all the same model, data and settings. Nothing was estimated."
                 )
+
+
+def _leave() -> None:
+    if dist.is_initialized():  # gloo's threads abort the process (exit code −6) if they still run when it ends
+        dist.destroy_process_group()
