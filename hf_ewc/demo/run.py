@@ -15,7 +15,6 @@ import transformers
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from ..artifact import FisherInformation
 from ..config import MODES, EvaluationConfig, EWCConfig, FisherConfig, raise_problems
 from ..errors import ConfigError
 from ..evaluation import table_text
@@ -174,18 +173,12 @@ def _make_fisher(config: DemoConfig, files: dict[str, Path], base: Path, folder:
         say("the Fisher is there already")
         return folder
     say("measuring which weights carry the English: Fisher from half of the questions and from text")
-    shared: dict[str, Any] = dict(device="cpu", seed=config.seed)
-    asked = estimate_fisher(
-        base,
-        FisherConfig(probe="mmlu", dataset=str(files["questions_probe"]), max_length=2 * CONTEXT, **shared),
-        progress=False,
-    )
-    text = estimate_fisher(
-        base,
-        FisherConfig(probe="text", dataset=str(files["english_probe"]), max_length=CONTEXT, max_examples=200, **shared),
-        progress=False,
-    )
-    return FisherInformation.mix([asked, text]).save_pretrained(folder)
+    probes = {
+        "facts": {"probe": "mmlu", "dataset": str(files["questions_probe"]), "max_length": 2 * CONTEXT},
+        "english": {"probe": "text", "dataset": str(files["english_probe"]), "max_length": CONTEXT, "max_examples": 200},
+    }
+    settings = FisherConfig(probes=probes, device="cpu", seed=config.seed)
+    return estimate_fisher(base, settings, progress=False).save_pretrained(folder)
 
 
 class _Clock:

@@ -45,6 +45,9 @@ def estimate_fisher(
     The square is taken for every example by itself. `loss.backward()` on a batch and then squaring is not the Fisher: it
     shrinks with the batch size, and λ with it. Stored are the sums of squares and the number T of scored tokens.
 
+    Started by `torchrun` or `accelerate launch`, the processes share the examples out, and each returns the whole result.
+    **All of them must call this**, not just the main one, which would wait for the others for ever.
+
     Args:
         model (`str`, `Path` or [`~transformers.PreTrainedModel`]):
             Hub id or folder; or a loaded model whose weights still equal the files it came from, since those files are the

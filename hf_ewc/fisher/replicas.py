@@ -36,6 +36,8 @@ class Replicas:
         """
         size = check_world(expected)
         if size > 1 and not dist.is_initialized():
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
             atexit.register(_leave)
         return cls(dist.get_rank(), size) if dist.is_initialized() else cls()
