@@ -176,7 +176,6 @@ class BatchedSquares:
         finally:
             for rule in installed:
                 rule.remove()
-                rule.now = None
             for parameter in wanted:
                 parameter.requires_grad_(True)
 

@@ -52,7 +52,7 @@ class Pass:
 
 
 class Rule:
-    """One module under observation: `install` once per run of batches, `finish` after each backward pass, `remove`."""
+    """One module under observation for one batch: `install`, forward and backward pass, `finish`, `remove`."""
 
     names: set[str]
 
@@ -64,7 +64,10 @@ class Rule:
         self.module.forward = self.forward  # on the instance: the class stays as it is
 
     def remove(self) -> None:
+        """Leave the module as it was, whatever has happened in between."""
         del self.module.forward
+        self.forget()
+        self.now = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """In place of the module's own."""
@@ -80,7 +83,10 @@ class Rule:
         raise NotImplementedError
 
     def finish(self) -> None:
-        """After a backward pass: add what has been observed and forget it."""
+        """After a backward pass: add to the sums what has been observed, if that has not happened during it."""
+
+    def forget(self) -> None:
+        """Drop what has been observed."""
         raise NotImplementedError
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
@@ -119,7 +125,7 @@ class LinearRule(Rule):
         if self.bias is not None:
             now.sums[self.bias] += now.units(g).sum(1, dtype=torch.float32).square_().sum(0)
 
-    def finish(self) -> None:
+    def forget(self) -> None:
         self._uses = 0
 
 
@@ -199,9 +205,11 @@ class NormRule(Rule):
     def finish(self) -> None:
         assert self.now is not None
         for attribute, copies in self._copies.items():
-            self.module._parameters[attribute] = self._found[attribute]
             if copies.grad is not None:
                 self.now.sums[self.attributes[attribute]] += copies.grad.float().square_().flatten(0, -2).sum(0)
+
+    def forget(self) -> None:
+        self.module._parameters.update(self._found)
         self._copies.clear()
         self._found.clear()
 
@@ -254,7 +262,6 @@ class EmbeddingRule(Rule):
                 real &= ids.reshape(-1) != table.padding_idx
             keys.append((unit * size + ids.reshape(-1))[real])
             gradients.append(copies.grad.float()[real])
-        self._uses.clear()
         if not keys:
             none = torch.empty(0, dtype=torch.long, device=table.weight.device)
             return Embedded(none, none, torch.empty(0, table.embedding_dim, device=table.weight.device))
@@ -266,3 +273,6 @@ class EmbeddingRule(Rule):
         assert self.now is not None
         found = self.collect()
         self.now.sums[self.name].index_add_(0, found.token, found.gradient.square_())
+
+    def forget(self) -> None:
+        self._uses.clear()

@@ -297,6 +297,34 @@ def test_a_head_that_the_config_does_not_announce_makes_everything_go_one_by_one
     assert "more than half of the weights disagree" in caplog.text
 
 
+class Particular(nn.Module):
+    """Insists on what its neighbour is, and takes no copies of a norm's weight for it."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        assert isinstance(self.norm.weight, nn.Parameter), "somebody has been here"
+        x = self.norm(x)
+        assert isinstance(self.norm.weight, nn.Parameter), "somebody has been here"
+        return x
+
+
+def test_a_model_that_raises_when_it_is_observed_goes_one_by_one_and_is_left_whole(batch, caplog):
+    model = tiny.make_model()
+    model.model.norm = Particular(model.model.norm)
+    expected = one_by_one(model, batch)
+    with prepared(model) as sums:
+        engine, _, _ = choose_engine(model, FisherConfig(), batch, sums)
+        engine.add(batch, sums)
+    assert isinstance(engine, OneByOne)
+    assert "somebody has been here" in caplog.text
+    assert isinstance(model.model.norm.norm.weight, nn.Parameter)
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    assert_same(sums, expected)
+
+
 def test_a_model_without_one_linear_head_is_unsupported():
     model = tiny.make_model()
     with pytest.raises(Unsupported, match="backbone"):
