@@ -168,10 +168,10 @@ def _method(manifest: Manifest) -> str:
         f"model, summed in {estimator.accumulation_dtype}, path `{estimator.path}`{check}. {_reduction(manifest)}",
         "With it, ½ Σ_i F_i (θ_i − θ*_i)² reads as nats of divergence from the base per probe token.",
     ]
-    for figures in estimator.stability[-1:]:
+    for figures in {figures.probe: figures for figures in estimator.stability}.values():  # the last of each probe
         lines.append(
-            f"Two halves of the {figures.examples:,} examples{f' of {figures.probe}' if figures.probe else ''} agree with "
-            f"correlation {figures.correlation:.3f} of log F, and on {figures.overlap:.0%} of the top 1 % of the weights."
+            f"Two halves of the {figures.examples:,} examples{f' of {figures.probe}' if figures.probe else ''} have "
+            f"log F correlated by {figures.correlation:.3f} and {figures.overlap:.0%} of their top 1 % of weights in common."
         )
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from datasets import load_dataset
 from huggingface_hub import DatasetCard
 from test_artifact_store import T, make_fisher
 
-from hf_ewc.artifact import BaseModel, FisherInformation
+from hf_ewc.artifact import ADAM_PATH, BaseModel, FisherInformation, StabilityRecord
 from hf_ewc.artifact import summary as summary_module
 from hf_ewc.artifact.card import render_card
 from hf_ewc.artifact.summary import describe
@@ -20,6 +21,11 @@ from hf_ewc.artifact.summary import describe
 @pytest.fixture(scope="module")
 def folder(base_folder, tmp_path_factory) -> Path:
     return make_fisher(BaseModel.resolve(base_folder)).save_pretrained(tmp_path_factory.mktemp("card") / "fisher")
+
+
+@pytest.fixture(scope="module")
+def manifest(folder):
+    return FisherInformation.from_pretrained(folder).manifest
 
 
 def test_load_dataset_shows_one_row_per_tensor_offline(folder, tmp_path):
@@ -121,3 +127,29 @@ def test_the_manifest_on_disk_is_readable_and_ordered_like_the_model(folder):
     assert data["parameters"]["model.norm.weight"] == {"shape": [32]}
     assert set(data["versions"]) >= {"hf_ewc", "torch", "transformers"}
     assert "folder" not in data["base_model"]
+
+
+def test_the_card_says_what_was_squared_and_how_well_the_halves_agree(manifest):
+    estimator = replace(
+        manifest.estimator,
+        granularity="batch",
+        batch_size=16,
+        labels="sampled",
+        path="summed_gradient",
+        stability=[
+            StabilityRecord(examples=n, correlation=r, overlap=0.5, groups={}, probe=probe)
+            for n, r, probe in ((32, 0.8, "facts"), (64, 0.91, "facts"), (32, 0.7, "text"))
+        ],
+    )
+    card = render_card(replace(manifest, estimator=estimator))
+    assert "one square per batch of 16, unbiased as the labels were drawn from the model" in card
+    assert "64 examples of facts have log F correlated by 0.910" in card
+    assert "32 examples of text have log F correlated by 0.700" in card
+    assert "0.800" not in card
+    assert "which is biased" in render_card(replace(manifest, estimator=replace(estimator, labels="empirical")))
+
+
+def test_the_card_of_an_adam_state_calls_itself_an_approximation(manifest):
+    card = render_card(replace(manifest, estimator=replace(manifest.estimator, path=ADAM_PATH)))
+    assert "This is an APPROXIMATION, not a measurement" in card
+    assert "F_i = 1/T" not in card
