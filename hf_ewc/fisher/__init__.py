@@ -4,18 +4,19 @@
 lm-evaluation-harness with `lm_eval_probe` and `lm_eval_task`), `labels` says which targets are differentiated. `per_example`
 squares one by one, `batched` (with `rules`, `head`, `products`) whole batches at once, and `engines` chooses. `plan` cuts the
 work into windows, `loop` goes through them, with `state` on disk, `stability` and `figure` for "is it enough?", and `replicas`
-or `sharded` for several processes. `estimator` puts it together: [`estimate_fisher`].
+or `sharded` for several processes. `estimator` puts it together, with `loading` and `ready` for the model: [`estimate_fisher`].
 """
 
 from __future__ import annotations
 
 from .batched import BatchedSquares
 from .engines import OneByOne, SummedGradient
-from .estimator import estimate_fisher, prepared
+from .estimator import estimate_fisher
 from .examples import Example
 from .figure import stability_figure, stability_table
 from .per_example import accumulate_squares, collate
 from .probes import Probe, build_probe
+from .ready import prepared
 from .replicas import Replicas
 from .templates import render_answer, render_question, template_sha256
 

@@ -96,7 +96,6 @@ def test_two_killed_processes_resume_to_the_fisher_of_an_uninterrupted_run(base_
         command(2, [*common, "--output_dir", str(out)]),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     limit = time.monotonic() + 120
@@ -104,13 +103,19 @@ def test_two_killed_processes_resume_to_the_fisher_of_an_uninterrupted_run(base_
         while len(list(work.glob("process-*/estimate.json"))) < 2 and process.poll() is None and time.monotonic() < limit:
             time.sleep(0.01)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # the launcher and both workers
+        # the launcher starts each worker in a session of its own, so they are not killed with it
+        workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
     process.wait()
+    assert len(workers) == 2
     assert not out.exists(), "it should have been killed in the middle"
     positions = [json.loads(path.read_text())["position"] for path in work.glob("process-*/estimate.json")]
     assert len(positions) == 2
     assert all(0 < position < 300 for position in positions)
-    run(2, *common, "--output_dir", out, "--resume")
+    said = run(2, *common, "--output_dir", out, "--resume")
+    assert "Nothing to resume" not in said
+    assert "300 examples" in said
     one, two = FisherInformation.from_pretrained(out), FisherInformation.from_pretrained(tmp_path / "straight")
     for name in one.names:
         assert torch.equal(one.read(name), two.read(name))
