@@ -20,7 +20,7 @@ MODELS = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name !=
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_recipe_parses(path):
     argv = ["--config", str(path)]
-    if path.stem == "fisher":
+    if path.stem.startswith("fisher"):
         parse("fisher", argv, FisherScript, FisherConfig, defaults=beside_output)
     elif path.stem == "evaluate":
         parse("evaluate", argv, EvaluateScript, EvaluationConfig)
@@ -30,12 +30,12 @@ def test_recipe_parses(path):
 
 @pytest.mark.parametrize("folder", sorted({path.parent for path in MODELS}), ids=lambda folder: folder.name)
 def test_recipe_folder_is_complete(folder):
-    assert {path.stem for path in folder.glob("*.yaml")} == {"fisher", "train", "evaluate", "sweep"}
+    assert {path.stem for path in folder.glob("*.yaml")} >= {"fisher", "train", "evaluate", "sweep"}
     readme = (folder / "README.md").read_text(encoding="utf-8")
     assert readme.startswith("# Hardware:")
     for path in folder.glob("*.yaml"):
         assert path.read_text(encoding="utf-8").startswith("# Hardware:")
-        assert f"hf-ewc {path.stem} --config recipes/{folder.name}/{path.name}" in readme
+        assert f"hf-ewc {path.stem.partition('-')[0]} --config recipes/{folder.name}/{path.name}" in readme
 
 
 @pytest.mark.parametrize("folder", sorted({path.parent for path in MODELS}), ids=lambda folder: folder.name)
