@@ -87,6 +87,8 @@ class BatchedSquares:
 
     def leave(self, names: set[str]) -> None:
         """Give these parameters, and those of the same modules, to the one-by-one path from now on."""
+        head = {name for name in (self._head_name, self._head_bias) if name is not None}
+        names = names | head if names & head else names
         for rule in [rule for rule in self._rules if rule.names & names]:
             self._leftover |= rule.names
             if rule is not self._table:  # without which no gradient would flow

@@ -280,6 +280,24 @@ def test_the_self_check_finds_a_parameter_that_disagrees_and_sends_it_back(batch
     assert_same(sums, one_by_one(model, batch))
 
 
+def test_a_head_whose_bias_disagrees_is_left_to_the_one_by_one_path_as_a_whole(batch, monkeypatch):
+    from hf_ewc.fisher.head import Head
+
+    square = Head.square
+
+    def wrong(self, scored, units, total, bias_total, embedded=None):
+        square(self, scored, units, total, bias_total, embedded)
+        bias_total *= 1.5
+
+    monkeypatch.setattr(Head, "square", wrong)
+    model = model_of("phi, biased head")
+    with prepared(model) as sums:
+        engine, _, left = choose_engine(model, FisherConfig(), batch, sums)
+        engine.add(batch, sums)
+    assert left == ["lm_head.weight", "lm_head.bias"]
+    assert_same(sums, one_by_one(model, batch))
+
+
 def test_a_head_that_the_config_does_not_announce_makes_everything_go_one_by_one(batch, caplog):
     model = tiny.make_model()
     forward = model.forward
