@@ -58,8 +58,8 @@ class FisherBench:
 
     def problems(self) -> list[str]:
         found = [f"`sizes`: {size} is not one of {', '.join(SIZES)}." for size in self.sizes if size not in SIZES]
-        for name in ("batch_size", "rounds", "scratch_mb"):
-            if getattr(self, name) < 1:
+        for name in ("batch_size", "rounds", "scratch_mb", "threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 found.append(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.length < 2:
             found.append(f"`length` must be at least 2, got {self.length}: the first token is not scored.")

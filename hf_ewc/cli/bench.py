@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 HELP = """\
 Usage: hf-ewc bench fisher [--key value …]
        hf-ewc bench estimators --model ID|FOLDER --dataset FILE [--key value …]
@@ -29,6 +27,7 @@ Examples:
 def run(argv: list[str]) -> int:
     from ..bench import EstimatorBench, FisherBench, bench_estimators, bench_fisher
     from ..errors import ConfigError
+    from ..files import write_atomically
     from .options import parse
 
     what, *rest = argv or ["nothing"]
@@ -43,5 +42,5 @@ def run(argv: list[str]) -> int:
     print()
     print(report, end="")
     if config.output:
-        Path(config.output).write_text(report, encoding="utf-8")
+        write_atomically(config.output, report)
     return 0

@@ -65,6 +65,7 @@ def beside_output(given: dict[str, Any]) -> dict[str, Any]:
 
 def run(argv: list[str]) -> int:
     from ..config import FisherConfig
+    from ..errors import ConfigError
     from ..fisher import Replicas, estimate_fisher
     from .options import parse
     from .output import claim, refuse_same_folder
@@ -74,14 +75,21 @@ def run(argv: list[str]) -> int:
     partial = Path(config.work_dir or f"{out}.partial")  # `work_dir: null` asks for an estimate that cannot be resumed
     refuse_same_folder(out, model=script.model)
     processes = Replicas.joined(config.num_processes)
-    if config.resume and (out / "fisher_config.json").is_file():
+    begun = any(partial.rglob("estimate.json"))
+    if config.resume and (out / "fisher_config.json").is_file() and not (begun and script.overwrite):
+        if begun:
+            raise ConfigError(
+                f"{out} holds a finished Fisher, and {partial} the sums of a later estimate. To continue that one and replace "
+                "the Fisher by it, use `--resume --overwrite`. Nothing was started."
+            )
         if processes.rank == 0:
             print(f"Nothing to resume: {out} holds a finished Fisher. To estimate it again, use `--overwrite`.")
         return 0
     # an old Fisher stays until the new one takes its place; only the sums of an interrupted run go at once
     if processes.rank == 0:
         claim(out, ("fisher_config.json",), (), resume=config.resume, overwrite=script.overwrite)
-        claim(partial, SUMS, SUMS, resume=config.resume, overwrite=script.overwrite, setting="work_dir")
+        again = script.overwrite and not config.resume
+        claim(partial, SUMS, SUMS, resume=config.resume, overwrite=again, setting="work_dir")
     processes.gather(None)  # the others wait, lest they find what is being deleted
 
     fisher = estimate_fisher(script.model, config)
@@ -115,6 +123,10 @@ def summary(model: str, out: Path, threshold: float | None, picture: Path | None
     manifest = FisherInformation.from_pretrained(out).manifest
     estimator = manifest.estimator
     lines = [stability_table(estimator.stability)] if estimator.stability else []
+    if threshold is not None and estimator.stability:
+        last = {figures.probe: figures for figures in estimator.stability}.values()
+        reached = all(figures.correlation >= threshold for figures in last)
+        lines.append(f"`until_stable: {threshold}` was {'reached' if reached else 'not reached: all examples were used'}")
     if picture is not None:
         stability_figure(estimator.stability, picture, threshold)
         lines.append(f"The picture of it is {picture}")

@@ -53,7 +53,8 @@ All settings go into one YAML file, as flags, or both; a flag overrides the file
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(HELP.format(commands="\n".join(f"  {name:<10}{summary}" for name, summary in COMMANDS.items())), end="")
+        lines = [f"  {name:<16}{summary}" for name, summary in sorted({**COMMANDS, **SUBCOMMANDS}.items(), key=_place)]
+        print(HELP.format(commands="\n".join(lines)), end="")
         return 0
     if argv[0] in ("-V", "--version"):
         print(f"hf-ewc {__version__}")
@@ -67,11 +68,21 @@ def main(argv: list[str] | None = None) -> int:
     argv = argv[1:]
     if argv and f"{name} {argv[0]}" in SUBCOMMANDS:
         name, argv = f"{name} {argv[0]}", argv[1:]
+    elif argv and not argv[0].startswith("-"):  # no command takes a word without a setting, but for some with a second name
+        second = [full.split()[1] for full in SUBCOMMANDS if full.split()[0] == name]
+        if close := difflib.get_close_matches(argv[0], second, n=1):
+            print(f"hf-ewc: there is no command `{name} {argv[0]}`. Did you mean `hf-ewc {name} {close[0]}`?", file=sys.stderr)
+            return 2
     command = importlib.import_module(f".{name.replace(' ', '_')}", __package__)
     if "-h" in argv or "--help" in argv:
         print(command.HELP, end="")
         return 0
     return guarded(name, command.run, argv)
+
+
+def _place(entry: tuple[str, str]) -> int:
+    """Where a command stands in the help: a second word behind its first."""
+    return list(COMMANDS).index(entry[0].split()[0])
 
 
 def guarded(name: str, run: Callable[[list[str]], int], argv: list[str]) -> int:

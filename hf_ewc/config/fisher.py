@@ -22,6 +22,12 @@ OF_A_PROBE = (
     *("probe", "dataset", "dataset_config", "dataset_split", "dataset_revision", "allow_test_split", "text_column"),
     *("task_folder", "max_examples", "max_length", "seed"),
 )
+TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("max_examples", "max_length", "seed"), (int,)),
+    "allow_test_split": (bool,),
+    **dict.fromkeys(("probe", "dataset", "dataset_config", "dataset_split", "dataset_revision"), (str,)),
+    **dict.fromkeys(("text_column", "task_folder"), (str,)),
+}
 
 
 @dataclass
@@ -247,7 +253,12 @@ class FisherConfig:
             weight = own.get("weight", 1.0)
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
                 found.append(f"`probes.{name}.weight` must be a finite number above 0, got {weight!r}.")
-            if not strangers:
+            wrong = [key for key in own if key in TYPES and own[key] is not None and type(own[key]) not in TYPES[key]]
+            for key in wrong:
+                found.append(
+                    f"`probes.{name}.{key}: {own[key]!r}` must be a {TYPES[key][0].__name__}, not a {type(own[key]).__name__}."
+                )
+            if not strangers and not wrong:
                 alone = replace(self, probes=None, **{key: value for key, value in own.items() if key != "weight"})
                 found += [f"`probes.{name}`: {problem}" for problem in alone._probe_problems()]
         return found

@@ -122,6 +122,11 @@ def choose_engine(
         [`DataError`]: granularity `token` is asked of a model that the batched path does not understand completely.
     """
     if config.granularity == "batch":
+        if config.labels == "empirical":
+            logger.warning(
+                "`granularity: batch` with the data's own labels is not the Fisher: gradients of different examples cancel "
+                "before they are squared. It is there for comparison; for an unbiased estimate set `labels: sampled`."
+            )
         return SummedGradient(model, config.scratch_mb << 20, config.draws), None, []
     if config.path == "one_by_one":
         return OneByOne(model), None, []

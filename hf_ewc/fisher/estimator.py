@@ -25,7 +25,7 @@ from .ready import prepared, ready
 from .replicas import Replicas
 from .sharded import ShardedSquares
 from .sharded_loop import ShardedLoop
-from .state import RunningState
+from .state import RunningState, refuse_other_processes
 
 IDENTITY = ("labels", "granularity", "model_dtype", "draws", "batch_size")  # of the record: what makes it another Fisher
 
@@ -117,8 +117,9 @@ class _Run:
         if config.resume and (finished / "fisher_config.json").is_file():
             part = FisherInformation.from_pretrained(finished)
             now, then = self._record(config), part.manifest.estimator
+            decisive = (*IDENTITY, "seed") if config.labels == "sampled" else IDENTITY
             other_base = not part.manifest.base_model.same_weights(self.base)
-            same = all(getattr(now, key) == getattr(then, key) for key in IDENTITY)
+            same = all(getattr(now, key) == getattr(then, key) for key in decisive)
             if not same or part.manifest.probes[0].ids_sha256 != probe.ids_sha256 or other_base:
                 raise ConfigError(
                     f"'{finished}' holds the finished Fisher of another model, probe or setting than `{name}` has now. Restore "
@@ -157,6 +158,8 @@ class _Run:
         folder = config.work_dir
         if folder is not None and processes.size > 1:
             folder = str(Path(folder) / f"process-{processes.rank}-of-{processes.size}")
+        if config.resume and config.work_dir is not None:
+            refuse_other_processes(Path(config.work_dir), processes.size)
         state = RunningState(folder, identity, config.resume)
         if config.sharding == "fsdp2":
             with ready(model):

@@ -18,7 +18,10 @@ def prepared(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
     `named_parameters()`, where tied ones appear once.
     """
     with ready(model):
-        yield {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in model.named_parameters()}
+        yield {
+            name: torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
+            for name, parameter in model.named_parameters()
+        }
 
 
 @contextmanager

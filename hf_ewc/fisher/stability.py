@@ -45,9 +45,8 @@ class SplitHalves:
     Which half an example belongs to is the caller's choice; the parity of its index within the probe makes the halves
     independent of the batch size. Every backward pass must then hold examples of one half only.
 
-    The increments are differences of the caller's float32 sums, which costs nothing in accuracy that matters: a difference of
-    two float32 numbers is exact to 2⁻²⁴ of itself, and what an addition rounds off is 2⁻²⁴ of the sum. A half is therefore off
-    by about 1e-7 of the *sum of both halves*, which is visible only where the halves disagree by six decades anyhow.
+    What a half gets is added up from 0: between `begin` and `end` the sampled weights of the caller's sums hold only what is
+    new. Differences of the running sums would lose, to rounding, what is small beside them, and F spans decades.
 
     Args:
         sums (`Mapping[str, Tensor]`):
@@ -84,16 +83,22 @@ class SplitHalves:
         self._before: Tensor | None = None
 
     def begin(self, sums: Mapping[str, Tensor]) -> None:
-        """Remember the sums before examples of one half are added to them: one batch, or several in a row."""
+        """
+        Before examples of one half are added to the sums, one batch or several in a row: remember the sampled weights, and set
+        them to 0 until `end`.
+        """
         self._before = self._sample(sums)
+        self._put(sums, torch.zeros_like(self._before))
 
     def end(self, sums: Mapping[str, Tensor], half: int) -> None:
-        """Add what was added to `sums` since `begin` to `half`, 0 or 1. Decreases, which can only be rounding, count as 0."""
+        """Add what was added to `sums` since `begin` to `half`, 0 or 1, and to what was there before."""
         if self._before is None:
             raise RuntimeError("`SplitHalves.end` without `begin`: what was added since then is unknown.")
         if half not in (0, 1):
             raise ValueError(f"`half` is 0 or 1, got {half}.")
-        self.values[half] += (self._sample(sums) - self._before).clamp_(min=0)
+        added = self._sample(sums)
+        self.values[half] += added
+        self._put(sums, self._before + added)
         self._before = None
 
     def snapshot(self, examples: int) -> None:
@@ -135,6 +140,12 @@ class SplitHalves:
             if key.startswith(SNAPSHOT)
         }
         self._before = None
+
+    def _put(self, sums: Mapping[str, Tensor], values: Tensor) -> None:
+        """Write (n) values to the sampled weights of `sums`, which are contiguous."""
+        parts = values.split([len(at) for at in self._coordinates.values()])
+        for part, (name, at) in zip(parts, self._coordinates.items(), strict=True):
+            sums[name].view(-1)[at] = part.to(sums[name])
 
     def _sample(self, sums: Mapping[str, Tensor]) -> Tensor:
         """(n) the sums at the sampled weights, float32."""
@@ -198,6 +209,8 @@ def compare(halves: Tensor, segments: Sequence[Segment], examples: int, probe: s
     halves = halves.detach().to("cpu", torch.float64)  # float64 exists on the CPU, not on every accelerator
     if width and not (halves.min() >= 0 and halves.isfinite().all()):
         raise ValueError("sums of squares are finite and not negative; these halves are not.")
+    if not halves.any(1).all():  # one of them has seen nothing yet, and floors alone would look like agreement
+        return StabilityRecord(examples=examples, correlation=0.0, overlap=0.0, groups={}, probe=probe)
     counts = torch.tensor([segment.sampled for segment in segments], dtype=torch.int64)
     share = torch.tensor([segment.numel / max(1, segment.sampled) for segment in segments], dtype=torch.float64)
     labels = [group_label(segment.name) for segment in segments]

@@ -133,3 +133,15 @@ class RunningState:
         for old in self.folder.glob("sums-*.safetensors"):  # the one before, and what a killed run left behind
             if old != path:
                 old.unlink()
+
+
+def refuse_other_processes(folder: Path, size: int) -> None:
+    """Raise a [`ConfigError`] when the sums in `folder` are those of another number of processes than `size`."""
+    found = {int(path.parent.name.rsplit("-", 1)[1]) for path in folder.glob(f"process-*-of-*/{STATE}")}
+    found |= {1} if (folder / STATE).exists() else set()
+    if found and size not in found:
+        raise ConfigError(
+            f"`work_dir` '{folder}' holds the sums of {min(found)} process{'es' if min(found) > 1 else ''}, and {size} "
+            f"{'are' if size > 1 else 'is'} running: they share the examples out in another way. Start as many as before, or "
+            "begin a new estimate in another `work_dir`. Nothing was changed."
+        )

@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 
-from hf_ewc import FisherInformation
+from hf_ewc import FisherConfig, FisherInformation, estimate_fisher
 
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
@@ -127,6 +127,55 @@ def test_a_resumed_run_with_another_number_of_processes_or_batch_size_is_refused
     run(2, *common, "--output_dir", tmp_path / "one")
     said = run(2, *common[:-4], "--batch_size", 2, *work, "--output_dir", tmp_path / "two", "--resume", fails=True)
     assert "cannot be continued with other settings" in said
+
+
+SEVERAL = """
+import json, sys
+from hf_ewc import DataError, FisherConfig, estimate_fisher
+base, poisoned, out = sys.argv[1:]
+row = lambda first, n: {"input_ids": [2, first, 50, 51, 52 + n], "labels": [-100, -100, 50, 51, 52 + n]}
+one = estimate_fisher(base, FisherConfig(num_processes=2), dataset=[row(60, 0)], progress=False)
+few = estimate_fisher(base, FisherConfig(batch_size=2), dataset=[row(60 + n, n) for n in range(5)], progress=False)
+from hf_ewc.fisher import Replicas
+rank = Replicas.joined().rank
+for name, fisher in (("one", one), ("few", few)):
+    fisher.save_pretrained(f"{out}/{name}-{rank}", codec="float32")
+# with batches of two, example 1 falls to the first process and example 5 to the second: one each is few enough, both are not
+rows = [row(90 if n in (0, 4) else 60 + n, n) for n in range(20)]
+config = FisherConfig(batch_size=2, max_dropped=0.05)
+try:
+    estimate_fisher(poisoned, config, dataset=rows, progress=False)
+except DataError as error:
+    open(f"{out}/said-{rank}", "w").write(str(error))
+"""
+
+
+def test_two_processes_estimate_several_times_also_where_one_has_nothing_to_do_and_count_what_both_dropped(
+    base_folder, tokenizer, tmp_path
+):
+    model = tiny.make_model(len(tokenizer), tie_word_embeddings=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[90] = torch.nan
+    model.save_pretrained(tmp_path / "poisoned")
+    tokenizer.save_pretrained(tmp_path / "poisoned")
+    script = tmp_path / "several.py"
+    script.write_text(SEVERAL)
+    done = subprocess.run(
+        [sys.executable, *TWO, str(script), str(base_folder), str(tmp_path / "poisoned"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [{"input_ids": [2, 60 + n, 50, 51, 52 + n], "labels": [-100, -100, 50, 51, 52 + n]} for n in range(5)]
+    for name, data in (("one", rows[:1]), ("few", rows)):
+        expected = estimate_fisher(base_folder, FisherConfig(), dataset=data, progress=False)
+        expected.save_pretrained(tmp_path / name, codec="float32")
+        for rank in (0, 1):
+            assert apart(tmp_path / f"{name}-{rank}", tmp_path / name) < 1e-6
+    for rank in (0, 1):
+        assert "2 of 20 examples so far (number 1, 5)" in (tmp_path / f"said-{rank}").read_text()
 
 
 @pytest.fixture(scope="module")

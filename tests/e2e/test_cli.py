@@ -261,3 +261,26 @@ def test_a_sweep_with_other_settings_is_refused(sweep):
     sweep(lambdas=(0,))
     with pytest.raises(ConfigError, match=r"training\.learning_rate +then 0\.001   now 0\.002"):
         sweep(lambdas=(0,), learning_rate=2e-3)
+
+
+def test_an_interrupted_estimate_over_a_finished_one_is_continued_only_when_it_may_replace_it(base_folder, tmp_path, capsys):
+    data = tiny.write_jsonl(tmp_path / "questions.jsonl", tiny.QUESTIONS)
+    out, partial = tmp_path / "fisher", tmp_path / "fisher.partial"
+    argv = ["fisher", "--model", str(base_folder), "--dataset", str(data), "--output_dir", str(out)]
+    assert main(argv) == 0
+    before = (out / "fisher_config.json").read_bytes()
+    assert main([*argv[:-1], str(tmp_path / "other"), "--work_dir", str(partial), "--seed", "1"]) == 0  # its sums lie there now
+    assert main([*argv, "--resume"]) == 2
+    assert "use `--resume --overwrite`" in capsys.readouterr().err
+    assert (out / "fisher_config.json").read_bytes() == before
+    position = (partial / "estimate.json").read_bytes()
+    assert main([*argv, "--resume", "--overwrite", "--save_every", "999"]) == 0
+    assert position, "the sums were taken over, not deleted at the start"
+    assert not partial.exists()
+
+
+def test_a_device_that_is_not_there_is_a_setting_to_correct(base_folder, tmp_path, capsys):
+    data = tiny.write_jsonl(tmp_path / "questions.jsonl", tiny.QUESTIONS)
+    argv = ["fisher", "--model", str(base_folder), "--dataset", str(data), "--output_dir", str(tmp_path / "out")]
+    assert main([*argv, "--device", "nosuch"]) == 2
+    assert "`device: nosuch` cannot be used" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
@@ -28,6 +30,7 @@ from hf_ewc.errors import DataError
 from hf_ewc.fisher import Example, accumulate_squares, build_probe, collate, prepared
 from hf_ewc.fisher.batched import BatchedSquares, LeftOver, Unsupported
 from hf_ewc.fisher.engines import OneByOne, SummedGradient, choose_engine, self_check
+from hf_ewc.fisher.head import Head
 from hf_ewc.fisher.products import add_squared_products, add_squared_products_reference
 
 SMALL = dict(
@@ -107,6 +110,26 @@ def test_batched_squares_are_those_of_single_examples(family, batch):
 def test_batched_squares_of_gemma2_with_soft_cap_and_scaled_embedding(batch, tied):
     model = tiny.make_model(tie_word_embeddings=tied, final_logit_softcapping=5.0)
     assert_same(batched(model, batch), one_by_one(model, batch))
+
+
+@pytest.mark.parametrize("scratch", [1, PLENTY])
+@pytest.mark.parametrize("announced", [{}, {"final_logit_softcapping": 2.0}, {"logit_scale": 0.3}, {"logits_scaling": 4.0}])
+@pytest.mark.parametrize("both", [False, True])
+def test_the_heads_gradient_is_that_of_autograd_through_scale_and_soft_cap(announced, both, scratch):
+    announced = {**announced, "logit_scale": 0.5, "final_logit_softcapping": 2.0} if both else announced
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(8, 30)
+    hidden = 3 * torch.randn(5, 8, generator=generator)
+    targets, weights = torch.randint(30, (5,), generator=generator), torch.rand(5, generator=generator)
+    x = hidden.clone().requires_grad_()
+    logits = linear(x) * announced.get("logit_scale", 1.0) / announced.get("logits_scaling", 1.0)
+    if cap := announced.get("final_logit_softcapping"):
+        logits = cap * torch.tanh(logits / cap)
+    losses = functional.cross_entropy(logits, targets, reduction="none")
+    (expected,) = torch.autograd.grad((losses * weights).sum(), x)
+    found, gradient, _ = Head(linear, SimpleNamespace(**announced), scratch).forward_backward(hidden, targets, weights, None)
+    torch.testing.assert_close(found, losses.detach())
+    torch.testing.assert_close(gradient, expected)
 
 
 @pytest.mark.parametrize("scratch", [1, 20_000, 300_000])
@@ -239,6 +262,14 @@ def test_a_linear_that_is_called_twice_is_left_to_the_one_by_one_path(batch):
     assert_same(sums, expected)
 
 
+def test_a_second_call_of_a_linear_is_noticed_in_the_pass_itself(batch):
+    # the self-check sees the first batch only; what is called twice in a later one must not be squared apart
+    model = tiny.make_model()
+    model.model.layers[0].mlp = TwiceCalled(model.model.layers[0].mlp)
+    with prepared(model) as sums, pytest.raises(LeftOver, match=r"layers.0.mlp.inner.down_proj"):
+        BatchedSquares(model, PLENTY).add(batch, sums)
+
+
 class Doubling(nn.Linear):
     """Looks like a linear layer to `isinstance`, and is not one."""
 
@@ -296,6 +327,20 @@ def test_a_head_whose_bias_disagrees_is_left_to_the_one_by_one_path_as_a_whole(b
         engine.add(batch, sums)
     assert left == ["lm_head.weight", "lm_head.bias"]
     assert_same(sums, one_by_one(model, batch))
+
+
+def test_a_nan_example_in_the_first_batch_does_not_cost_the_batched_path(batch):
+    model = tiny.make_model(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[319] = torch.nan
+    assert not (batch["input_ids"] == 319).any()
+    sick = {name: values.clone() for name, values in batch.items()}
+    sick["input_ids"][2, 1] = 319
+    with prepared(model) as sums:
+        engine, worst, left = choose_engine(model, FisherConfig(), sick, sums)
+    assert isinstance(engine, BatchedSquares)
+    assert left == []
+    assert worst < 1e-5
 
 
 def test_a_head_that_the_config_does_not_announce_makes_everything_go_one_by_one(batch, caplog):

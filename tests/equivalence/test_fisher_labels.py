@@ -87,6 +87,22 @@ def test_the_square_of_a_batch_with_sampled_labels_is_unbiased_and_with_the_data
     assert correlation(own, estimated(model, OneByOne(model), "empirical")) < 0.97
 
 
+def test_the_draws_of_a_batch_are_squared_apart_and_averaged(model):
+    draws = 3
+    engine = SummedGradient(model, PLENTY, draws)
+    batch = labelled(EXAMPLES, range(len(EXAMPLES)), "sampled", draws, 5, engine.losses)
+    expected = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    for draw_ in range(draws):
+        with prepared(model) as sums:
+            SummedGradient(model, PLENTY).add({name: rows[draw_::draws] for name, rows in batch.items()}, sums)
+        for name, total in sums.items():
+            expected[name] = expected[name] + total / draws
+    with prepared(model) as sums:
+        engine.add(batch, sums)
+    for name, total in sums.items():
+        torch.testing.assert_close(total, expected[name].detach(), rtol=1e-5, atol=1e-6 * float(total.max()))
+
+
 def test_options_are_weighted_by_the_models_renormalised_probabilities(model):
     # three options of different lengths, two of which begin with the same token
     ids, gold = [2, 5, 6], [7]

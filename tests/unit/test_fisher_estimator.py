@@ -176,6 +176,13 @@ def test_a_gradient_that_is_not_finite_is_noticed_under_a_finite_loss(gradient):
     handle.remove()
 
 
+def test_one_nan_row_does_not_taint_the_verdict_on_the_rows_after_it(poisoned_folder):
+    model = AutoModelForCausalLM.from_pretrained(poisoned_folder)
+    rows = collate(build_probe(FisherConfig(), None, rows=token_rows(60, BAD, 61)).examples)
+    with prepared(model):
+        assert accumulate_squares(model, rows, None) == [True, False, True]
+
+
 def test_more_than_max_dropped_fails_the_run(poisoned_folder):
     with pytest.raises(DataError, match=r"2 of 4 examples so far \(number 2, 3\).*max_dropped: 0.25"):
         estimate(poisoned_folder, rows=token_rows(60, BAD, BAD, 61), max_dropped=0.25)
@@ -262,3 +269,10 @@ def test_a_probe_of_another_tokenizer_is_refused_before_it_runs(base_folder):
 def test_all_wrong_settings_are_reported_before_anything_is_loaded():
     with pytest.raises(ConfigError, match=r"(?s)granularity.*max_dropped"):
         estimate_fisher("nowhere", FisherConfig(granularity="layer", max_dropped=2.0))
+
+
+def test_the_sums_of_several_processes_are_not_taken_for_those_of_one(base_folder, tmp_path):
+    folder = tmp_path / "work" / "process-0-of-2"
+    RunningState(folder, {}).save({"weight": torch.ones(1)}, 3, [])
+    with pytest.raises(ConfigError, match="sums of 2 processes, and 1 is running"):
+        estimate(base_folder, work_dir=str(tmp_path / "work"), resume=True)

@@ -79,6 +79,38 @@ def test_a_mixture_that_was_killed_measures_each_probe_once(base_folder, probes,
         estimate_fisher(base_folder, FisherConfig(probes=probes, work_dir=str(tmp_path / "work"), resume=True), progress=False)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"labels": "sampled"}, {"granularity": "batch"}, {"dtype": "bfloat16"}, {"labels": "sampled", "draws": 2}]
+)
+def test_a_finished_probe_is_not_taken_for_one_with_other_settings(base_folder, probes, tmp_path, settings):
+    config = FisherConfig(probes={"facts": probes["facts"]}, work_dir=str(tmp_path / "work"))
+    config.labels = "sampled" if "draws" in settings else "empirical"
+    estimate_fisher(base_folder, config, progress=False)
+    for name, value in {"resume": True, **settings}.items():
+        setattr(config, name, value)
+    with pytest.raises(ConfigError, match=r"(?s)finished Fisher of another.*`facts`"):
+        estimate_fisher(base_folder, config, progress=False)
+
+
+def test_a_finished_probe_of_another_model_is_not_taken_for_this_ones(base_folder, probes, tmp_path, tokenizer):
+    config = FisherConfig(probes={"facts": probes["facts"]}, work_dir=str(tmp_path / "work"))
+    estimate_fisher(base_folder, config, progress=False)
+    config.resume = True
+    other = tiny.save_base(tmp_path / "other", tokenizer, seed=1)
+    with pytest.raises(ConfigError, match=r"(?s)finished Fisher of another.*`facts`"):
+        estimate_fisher(other, config, progress=False)
+
+
+def test_probes_whose_names_differ_by_what_a_folder_cannot_say_are_kept_apart(base_folder, probes, tmp_path):
+    named = {"a b": probes["facts"], "a-b": probes["running text"], "a/../b": {**probes["facts"], "max_examples": 2}}
+    straight = estimate_fisher(base_folder, FisherConfig(probes=named), progress=False)
+    work = {"work_dir": str(tmp_path / "work")}
+    same(estimate_fisher(base_folder, FisherConfig(probes=named, **work), progress=False), straight)
+    same(estimate_fisher(base_folder, FisherConfig(probes=named, **work, resume=True), progress=False), straight)
+    assert len(list((tmp_path / "work").iterdir())) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["work"], "no name leads out of the folder"
+
+
 def test_a_mixture_reads_all_its_probes_before_it_measures_one(base_folder, probes, monkeypatch):
     from hf_ewc.fisher import estimator
 
@@ -136,9 +168,10 @@ def test_until_stable_stops_at_a_doubling_and_counts_what_it_used(base_folder):
 )
 def test_every_example_is_in_one_batch_of_one_window(count, batch_size, save_every, resumed_at, fixed, seed):
     lengths = torch.randint(2, 30, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-    windows = plan(
-        lengths, batch_size, save_every, [c for c in (4, 8, 16, 32) if c < count] + [count], min(resumed_at, count), fixed
-    )
+    compare_at = [c for c in (4, 8, 16, 32) if c < count] + [count]
+    windows = plan(lengths, batch_size, save_every, compare_at, min(resumed_at, count), fixed)
+    whole = {min(-(-c // batch_size) * batch_size, count) for c in compare_at}
+    assert {w.stop for w in windows if w.compare} == (whole if fixed else set(compare_at))
     assert [w.start for w in windows] == [0] + [w.stop for w in windows[:-1]]
     assert windows[-1].stop == count
     assert windows[-1].compare
@@ -151,3 +184,12 @@ def test_every_example_is_in_one_batch_of_one_window(count, batch_size, save_eve
     if fixed:
         batches = [batch for window in windows for _, batch in window.batches]
         assert [batch[0] for batch in batches] == list(range(0, count, batch_size))
+
+
+@pytest.mark.parametrize(
+    "own", [{"max_examples": "many"}, {"max_length": 2.5}, {"allow_test_split": "no"}, {"dataset": 3}], ids=str
+)
+def test_values_of_a_wrong_type_in_a_mixture_are_named_before_anything_is_read(own):
+    [(key, value)] = own.items()
+    with pytest.raises(ConfigError, match=rf"probes\.a\.{key}: {value!r}. must be a"):
+        FisherConfig(probes={"a": {"probe": "mmlu", **own}}).check()

@@ -139,14 +139,23 @@ def test_float32_sums_lose_nothing_that_the_figures_could_show():
     assert figures(measured) == pytest.approx(figures(wanted), abs=2e-4)
 
 
-def test_rounding_below_zero_is_not_taken_off():
+def test_small_additions_beside_large_sums_are_not_lost():
     sums = zeros()
     halves = SplitHalves(sums)
-    halves.begin(sums)
-    for total in sums.values():
-        total -= 1e-9
-    halves.end(sums, 0)
-    assert halves.values.eq(0).all()
+    for half, size in ((0, 1e6), (1, 1e-3)):  # 1e6 + 1e-3 is 1e6 in float32
+        halves.begin(sums)
+        for total in sums.values():
+            total += size
+        halves.end(sums, half)
+    assert torch.equal(halves.values[1], torch.full_like(halves.values[1], 1e-3))
+    assert all(bool((total == 1e6).all()) for total in sums.values()), "the sums themselves are as they would have been"
+
+
+def test_a_half_that_has_seen_nothing_agrees_with_nothing():
+    halves = torch.zeros(2, 8)
+    halves[0] = torch.arange(1.0, 9.0)
+    record = compare(halves, [Segment("a.weight", 8, 8)], 1)
+    assert (record.correlation, record.overlap, record.groups) == (0.0, 0.0, {})
 
 
 def test_misuse_is_an_error_and_not_a_wrong_figure():
@@ -402,7 +411,7 @@ def test_what_shows_nothing_does_not_count_as_agreement():
     assert figures(one_tensor(torch.zeros(2, 5))) == [0, 0]
     assert one_tensor(torch.ones(2, 1)).correlation == 0
     assert one_tensor(torch.ones(2, 1)).groups == {}
-    assert figures(one_tensor(torch.tensor([[1.0, 2, 3], [0, 0, 0]]))) == [0, 0, 0]
+    assert figures(one_tensor(torch.tensor([[1.0, 2, 3], [0, 0, 0]]))) == [0, 0]
     assert one_tensor(torch.tensor([[1.0, 2, 3], [4, 4, 4]])).correlation == 0
     assert figures(one_tensor(torch.tensor([[2.0, 2, 2], [5, 5, 5]]))) == [1, 1, 1]  # constant alike
 

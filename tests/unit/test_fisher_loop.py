@@ -1,0 +1,181 @@
+"""The loop under stress: NaN examples, kills at every pause, resumes with other settings, and what is recorded then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_ewc import ConfigError, DataError, FisherConfig, FisherInformation, estimate_fisher
+from hf_ewc.fisher import accumulate_squares, build_probe, collate, estimator, prepared
+from hf_ewc.fisher.rules import LinearRule
+from hf_ewc.fisher.stability import SplitHalves, compare
+from hf_ewc.fisher.state import RunningState
+
+SICK = tiny.QUESTIONS[5]
+KINDS = [
+    {},
+    {"labels": "sampled", "draws": 2},
+    {"labels": "options"},
+    {"granularity": "token"},
+    {"granularity": "batch", "labels": "sampled", "draws": 2},
+]
+
+
+def estimate(model, rows, **settings) -> FisherInformation:
+    return estimate_fisher(model, FisherConfig(**settings), dataset=rows, progress=False)
+
+
+def same(left: FisherInformation, right: FisherInformation, tolerance: float = 0) -> None:
+    assert left.names == right.names
+    assert left.normalizer == right.normalizer
+    for name in left.names:
+        theirs = right.read(name)
+        torch.testing.assert_close(left.read(name), theirs, rtol=tolerance, atol=tolerance * float(theirs.max()))
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory, tokenizer) -> Path:
+    """An untied base for which the question `SICK` is NaN, by a word that no other question has."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    examples = build_probe(FisherConfig(), tokenizer, rows=tiny.QUESTIONS).examples
+    others = {token for example in examples[:5] for token in example.input_ids}
+    word = next(token for token in examples[5].input_ids if token not in others)
+    model = tiny.make_model(len(tokenizer), tie_word_embeddings=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[word] = torch.nan
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("save_every", [None, 2])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_nan_example_leaves_no_trace_in_any_kind_of_fisher(poisoned, tmp_path, kind, save_every):
+    # at the end, so that the others keep their numbers, which decide what is drawn for them
+    good = tiny.QUESTIONS[:5]
+    work = {} if save_every is None else {"work_dir": str(tmp_path / "work"), "save_every": save_every}
+    found = estimate(poisoned, [*good, SICK], max_dropped=0.5, batch_size=4, **kind, **work)
+    expected = estimate(poisoned, good, batch_size=4, **kind)
+    same(found, expected, 1e-5)
+    assert (found.manifest.probes[0].examples, found.manifest.probes[0].dropped) == (5, 1)
+    assert found.manifest.estimator.path == expected.manifest.estimator.path
+    left, right = found.manifest.estimator.trace_stderr, expected.manifest.estimator.trace_stderr
+    assert left == (None if right is None else pytest.approx(right, rel=1e-4))
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[1], KINDS[4]], ids=str)
+def test_a_run_that_is_killed_at_any_pause_resumes_to_the_same_artifact(poisoned, tmp_path, monkeypatch, kind):
+    rows = [*tiny.QUESTIONS[:3], SICK, *tiny.QUESTIONS[3:5]] * 2
+    settings = {"max_dropped": 0.5, "batch_size": 2, "save_every": 4, **kind}
+    straight = estimate(poisoned, rows, **settings)
+    save = RunningState.save
+    for pause in (1, 2):
+        work = {"work_dir": str(tmp_path / f"work-{pause}")}
+        calls = []
+
+        def killed(self, *args, pause=pause, calls=calls, **kwargs):
+            save(self, *args, **kwargs)
+            calls.append(1)
+            if len(calls) == pause:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RunningState, "save", killed)
+            with pytest.raises(KeyboardInterrupt):
+                estimate(poisoned, rows, **settings, **work)
+        resumed = estimate(poisoned, rows, **settings, **work, resume=True)
+        same(resumed, straight)
+        assert resumed.manifest.probes == straight.manifest.probes
+        assert resumed.manifest.estimator == straight.manifest.estimator, "halves and scatter included"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ({}, {"labels": "options"}, "labels"),
+        ({}, {"granularity": "token"}, "granularity"),
+        ({"labels": "sampled"}, {"labels": "sampled", "draws": 2}, "draws"),
+        ({"labels": "sampled"}, {"labels": "sampled", "seed": 1}, "seed"),
+        ({"granularity": "batch", "batch_size": 2}, {"granularity": "batch", "batch_size": 3}, "batch_size"),
+        ({}, {"until_stable": 0.9}, "until_stable"),
+        ({}, {"path": "one_by_one"}, "path"),
+    ],
+)
+def test_a_resume_with_another_setting_is_refused_by_its_name(base_folder, tmp_path, before, after, named):
+    work = {"work_dir": str(tmp_path / "work")}
+    estimate(base_folder, tiny.QUESTIONS, **before, **work)
+    with pytest.raises(ConfigError, match=rf"{named}\s+then"):
+        estimate(base_folder, tiny.QUESTIONS, **after, **work, resume=True)
+
+
+def test_a_seed_and_a_batch_size_that_change_nothing_do_not_stand_in_the_way_of_a_resume(base_folder, tmp_path):
+    work = {"work_dir": str(tmp_path / "work")}
+    first = estimate(base_folder, tiny.QUESTIONS, **work)
+    same(estimate(base_folder, tiny.QUESTIONS, seed=3, batch_size=2, **work, resume=True), first)
+
+
+def test_the_recorded_halves_are_those_of_the_even_and_the_odd_examples(base_folder, tokenizer):
+    rows = tiny.QUESTIONS * 6  # comparisons at 32 and 36
+    examples = build_probe(FisherConfig(), tokenizer, rows=rows).examples
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    parts = []
+    for half in (0, 1):
+        with prepared(model) as sums:
+            assert all(accumulate_squares(model, collate(examples[half:32:2]), sums))
+        halves = SplitHalves({name: torch.zeros_like(total) for name, total in sums.items()})
+        halves.begin({name: torch.zeros_like(total) for name, total in sums.items()})
+        halves.end(sums, half)
+        parts.append(halves.values[half])
+    expected = compare(torch.stack(parts), halves.segments, 32)
+    found = estimate(base_folder, rows, batch_size=5, save_every=7).manifest.estimator.stability
+    assert [record.examples for record in found] == [32, 36]
+    assert found[0].correlation == pytest.approx(expected.correlation, abs=1e-4)
+    assert 0 < expected.correlation < 0.9999
+
+
+def test_the_scatter_of_batches_is_the_standard_error_of_their_mean(base_folder):
+    one = [estimate(base_folder, tiny.QUESTIONS[n : n + 2], granularity="batch", batch_size=2) for n in (0, 2, 4)]
+    traces = torch.tensor([fisher.trace * fisher.normalizer / 2 for fisher in one], dtype=torch.float64)
+    found = estimate(base_folder, tiny.QUESTIONS, granularity="batch", batch_size=2)
+    assert found.manifest.estimator.trace_stderr == pytest.approx(float(traces.std() / traces.mean() / 3**0.5), rel=1e-4)
+    assert one[0].manifest.estimator.trace_stderr is None, "one batch has no scatter"
+
+
+def test_the_path_is_checked_on_the_shortest_and_the_longest_example(base_folder, monkeypatch):
+    seen = []
+    choose = estimator.choose_engine
+
+    def watched(model, config, first, sums):
+        seen.append(sorted(first["attention_mask"].sum(1).tolist()))
+        return choose(model, config, first, sums)
+
+    monkeypatch.setattr(estimator, "choose_engine", watched)
+    lengths = [9, 4, 7, 3, 6, 12, 5]
+    rows = [{"input_ids": [2, *range(50, 49 + n)], "labels": [-100, *range(50, 49 + n)]} for n in lengths]
+    estimate(base_folder, rows)
+    assert (seen[0][0], seen[0][-1], len(seen[0])) == (3, 12, 4)
+
+
+def test_a_module_that_hides_its_examples_in_a_later_batch_is_left_out_without_adding_anything_twice(
+    base_folder, monkeypatch, caplog
+):
+    name, calls, observe = "model.layers.1.mlp.up_proj.weight", [], LinearRule.observe
+
+    def hides(self, x):
+        if self.weight == name:
+            calls.append(1)
+            if len(calls) == 3:  # the first call is the self-check
+                return None
+        return observe(self, x)
+
+    straight = estimate(base_folder, tiny.QUESTIONS, batch_size=2)
+    monkeypatch.setattr(LinearRule, "observe", hides)
+    same(estimate(base_folder, tiny.QUESTIONS, batch_size=2), straight, 1e-5)
+    assert f"From now on these go through the one-by-one path: {name}" in caplog.text
+    calls.clear()
+    with pytest.raises(DataError, match=rf"granularity: token.*{name}"):
+        estimate(base_folder, tiny.QUESTIONS, batch_size=2, granularity="token")
