@@ -73,6 +73,9 @@ def test_two_processes_give_the_fisher_of_one(base_folder, questions, tmp_path, 
         assert left.examples == right.examples
         # (shards draw another sample of the weights)
         assert abs(left.correlation - right.correlation) < (0.05 if "fsdp2" in settings else 1e-4)
+    if "fsdp2" not in settings:  # the scatter of the batches, where there is one, is that of all of them
+        assert (two.trace_stderr is None) == ("batch" not in settings)
+        assert one.trace_stderr == (two.trace_stderr and pytest.approx(two.trace_stderr, rel=1e-4))
     assert not list(tmp_path.glob("*.partial")), "the running sums of both are cleared away"
 
 
@@ -131,7 +134,7 @@ def test_a_resumed_run_with_another_number_of_processes_or_batch_size_is_refused
 
 SEVERAL = """
 import json, sys
-from hf_ewc import DataError, FisherConfig, estimate_fisher
+from hf_ewc import ConfigError, DataError, FisherConfig, estimate_fisher
 base, poisoned, out = sys.argv[1:]
 row = lambda first, n: {"input_ids": [2, first, 50, 51, 52 + n], "labels": [-100, -100, 50, 51, 52 + n]}
 one = estimate_fisher(base, FisherConfig(num_processes=2), dataset=[row(60, 0)], progress=False)
@@ -147,6 +150,10 @@ try:
     estimate_fisher(poisoned, config, dataset=rows, progress=False)
 except DataError as error:
     open(f"{out}/said-{rank}", "w").write(str(error))
+try:
+    estimate_fisher(base, FisherConfig(), dataset=[row(60 + rank, 0)], progress=False)
+except ConfigError as error:
+    open(f"{out}/differ-{rank}", "w").write(str(error))
 """
 
 
@@ -176,6 +183,7 @@ def test_two_processes_estimate_several_times_also_where_one_has_nothing_to_do_a
             assert apart(tmp_path / f"{name}-{rank}", tmp_path / name) < 1e-6
     for rank in (0, 1):
         assert "2 of 20 examples so far (number 1, 5)" in (tmp_path / f"said-{rank}").read_text()
+        assert "do not estimate the same Fisher: `probe` is" in (tmp_path / f"differ-{rank}").read_text()
 
 
 @pytest.fixture(scope="module")

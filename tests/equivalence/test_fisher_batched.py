@@ -132,10 +132,14 @@ def test_the_heads_gradient_is_that_of_autograd_through_scale_and_soft_cap(annou
     torch.testing.assert_close(gradient, expected)
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("scratch", [1, 20_000, 300_000])
-def test_scratch_memory_does_not_change_the_squares(batch, scratch):
-    model = tiny.make_model()
-    assert_same(batched(model, batch, scratch), one_by_one(model, batch))
+def test_scratch_memory_does_not_change_the_squares(scratch, tied):
+    model = tiny.make_model(tie_word_embeddings=tied)
+    # of the first one's targets, 70 stands in its own text and 300 does not: only the head's end of a tied table knows that one
+    examples = [Example([2, 70, 60, 70, 300], [-100, -100, 60, 70, 300]), Example([2, 50, 61], [-100, -100, 61])]
+    together = collate(examples)
+    assert_same(batched(model, together, scratch), one_by_one(model, together))
 
 
 def test_padding_on_the_left_and_pad_tokens_that_are_words_do_not_change_the_squares(tokenizer, batch):
@@ -179,6 +183,17 @@ def test_weights_and_drawn_labels_go_through_both_paths_alike(batch):
     assert float(batched(model, drawn)["model.norm.weight"].sum()) != float(batched(model, batch)["model.norm.weight"].sum())
 
 
+def test_an_infinite_loss_with_a_finite_gradient_is_reported_by_both_paths():
+    model = model_of("phi, biased head")
+    with torch.no_grad():
+        model.lm_head.bias[70] = -torch.inf  # the model rules out 70, and the text has it
+    healthy, sick = (collate([Example([2, 50, token], [-100, 50, token])]) for token in (60, 70))
+    for engine in (OneByOne(model), BatchedSquares(model, PLENTY)):
+        with prepared(model) as sums:
+            assert engine.add(healthy, sums)
+            assert not engine.add(sick, sums)
+
+
 def test_losses_are_those_of_single_examples(batch):
     model = tiny.make_model(final_logit_softcapping=5.0)
     for scratch in (1, PLENTY):
@@ -193,6 +208,21 @@ def test_the_model_is_left_as_it_was_found(batch):
     assert all(isinstance(p, nn.Parameter) and p.requires_grad and p.grad is None for p in model.parameters())
     assert list(before) == list(model.state_dict())
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("scored", [1, 2])
+def test_a_tied_table_sees_the_bias_of_the_head(scored):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(PhiConfig(**{**SMALL, "num_key_value_heads": 4}, tie_word_embeddings=True)).eval()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    with torch.no_grad():
+        model.lm_head.bias.normal_()
+    ids = [[2, 50, 60, 50, 70], [2, 51, 61]]
+    examples = collate([Example(row, [-100] * (len(row) - scored) + row[-scored:]) for row in ids])
+    with prepared(model) as sums:
+        BatchedSquares(model, PLENTY).add(examples, sums)
+    name = "model.embed_tokens.weight"
+    assert_same({name: sums[name]}, {name: one_by_one(model, examples)[name]})
 
 
 def test_bfloat16_gradients_are_squared_in_float32(batch):

@@ -189,3 +189,5 @@ def test_drawn_tokens_follow_the_distribution_and_its_edges():
     torch.testing.assert_close(shares, logits[0].softmax(-1), atol=0.01, rtol=0)
     assert shares[2] == 0
     assert draw(logits[:2], torch.tensor([0.0, 1 - 2**-24])).tolist() == [0, 3]
+    impossible = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).repeat(2, 1)
+    assert draw(impossible, torch.tensor([0.0, 1 - 2**-24])).tolist() == [1, 2], "never a word of probability 0"

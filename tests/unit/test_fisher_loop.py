@@ -67,6 +67,43 @@ def test_a_nan_example_leaves_no_trace_in_any_kind_of_fisher(poisoned, tmp_path,
     assert left == (None if right is None else pytest.approx(right, rel=1e-4))
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_bad_examples_in_several_windows_and_two_in_one_batch_are_each_dropped_once(poisoned, tmp_path, saved):
+    rows = [SICK, tiny.QUESTIONS[0], SICK, tiny.QUESTIONS[1], *tiny.QUESTIONS[2:4], SICK, tiny.QUESTIONS[4]]
+    work = {"work_dir": str(tmp_path / "work")} if saved else {}
+    found = estimate(poisoned, rows, max_dropped=3 / 8, save_every=4, batch_size=2, **work)  # not one more than there are
+    same(found, estimate(poisoned, tiny.QUESTIONS[:5]), 1e-5)
+    assert found.manifest.probes[0].dropped == 3
+
+
+class SickBackward(torch.autograd.Function):
+    """Changes nothing on the way forward; on the way back, the rows that are `sick` become NaN."""
+
+    @staticmethod
+    def forward(ctx, x, sick):
+        ctx.save_for_backward(sick)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        (sick,) = ctx.saved_tensors
+        return torch.where(sick[:, None, None], torch.nan, g), None
+
+
+@pytest.mark.parametrize("kind", [{}, {"path": "one_by_one"}, {"granularity": "batch"}], ids=str)
+def test_a_nan_gradient_under_a_finite_loss_is_found_and_dropped(base_folder, kind):
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    rows = [{"input_ids": [2, n, 50, 51], "labels": [-100, -100, 50, 51]} for n in (60, 61, 62, 63, 64, 99)]
+    sick = []
+    model.model.register_forward_pre_hook(
+        lambda _, args, given: sick.append((given["input_ids"] == 99).any(1)), with_kwargs=True
+    )
+    model.model.norm.register_forward_hook(lambda module, args, y: SickBackward.apply(y, sick[-1]))
+    found = estimate(model, rows, max_dropped=0.5, batch_size=3, **kind)
+    assert found.manifest.probes[0].dropped == 1
+    same(found, estimate(base_folder, rows[:5], batch_size=3, **kind), 1e-5)
+
+
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[1], KINDS[4]], ids=str)
 def test_a_run_that_is_killed_at_any_pause_resumes_to_the_same_artifact(poisoned, tmp_path, monkeypatch, kind):
     rows = [*tiny.QUESTIONS[:3], SICK, *tiny.QUESTIONS[3:5]] * 2
