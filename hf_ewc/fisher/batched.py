@@ -148,9 +148,9 @@ class BatchedSquares:
             for rule in self._rules:
                 if rule is not self._table or not (self._tied or rule.names & self._leftover):
                     rule.finish()
-        if now.failed:
-            self.leave(now.failed)
-            raise LeftOver(", ".join(sorted(now.failed)))
+        if failed := now.failed - self._leftover:  # the table stays under observation when it is left, and fails again
+            self.leave(failed)
+            raise LeftOver(", ".join(sorted(failed)))
         if self._leftover:
             accumulate_squares(self.model, batch, sums, only=self._leftover)
         return bool(losses.isfinite().all())
@@ -199,6 +199,8 @@ def _rules(model: PreTrainedModel, head: nn.Linear, names: Mapping[Tensor, str])
             found.append(EmbeddingRule(module, own["weight"]))
         elif isinstance(module, (nn.Linear, Conv1D)) and type(module) in (nn.Linear, Conv1D):
             found.append(LinearRule(module, own["weight"], own.get("bias")))
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and type(module) not in (nn.LayerNorm, nn.RMSNorm):
+            continue  # torch's functions take no copies of the weight, and what this one does with it is not known (Nemotron)
         elif "norm" in type(module).__name__.lower() and not any(module.children()) and set(own) <= {"weight", "bias"}:
             found.append(NormRule(module, own))
     return found

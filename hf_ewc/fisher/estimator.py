@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..artifact import BaseModel, EstimatorRecord, FisherInformation, tokenizer_sha256
 from ..config import FisherConfig
 from ..errors import ConfigError, DataError
+from .batched import BatchedSquares
 from .engines import OneByOne, choose_engine
 from .labels import labelled
 from .loading import model_and_base
@@ -82,7 +83,7 @@ def estimate_fisher(
     config.check()
     processes = Replicas.joined(config.num_processes)
     # loading a model must not move the random numbers of a later training
-    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
+    with torch.inference_mode(False), torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
         model, base = model_and_base(model, config, processes)
         if tokenizer is not None:  # the one that was used is the one that is recorded
             base = replace(base, tokenizer_sha256=tokenizer_sha256(tokenizer))
@@ -120,7 +121,11 @@ class _Run:
             decisive = (*IDENTITY, "seed") if config.labels == "sampled" else IDENTITY
             other_base = not part.manifest.base_model.same_weights(self.base)
             same = all(getattr(now, key) == getattr(then, key) for key in decisive)
-            if not same or part.manifest.probes[0].ids_sha256 != probe.ids_sha256 or other_base:
+            [record] = part.manifest.probes
+            used = record.examples + record.dropped  # fewer than there are where `until_stable` stopped it
+            whole = used == len(probe.examples) or config.until_stable is not None
+            ids = replace(probe, examples=probe.examples[:used]).ids_sha256
+            if not same or not whole or record.ids_sha256 != ids or other_base:
                 raise ConfigError(
                     f"'{finished}' holds the finished Fisher of another model, probe or setting than `{name}` has now. Restore "
                     "them, or begin a new estimate in another `work_dir`."
@@ -176,6 +181,9 @@ class _Run:
                 estimator.path = engine.path
                 loop = Loop(model, engine, probe.examples, sums, state, config, processes, name)
                 loop.run(self.progress and processes.rank == 0)
+                # a later batch may have added to it, on any process
+                left = processes.gather(engine.leftover if isinstance(engine, BatchedSquares) else [])
+                estimator.fallback = [name for name in sums if any(name in part for part in left)]
             tensors = {name: total.cpu() for name, total in sums.items()}
         estimator.stability, estimator.trace_stderr = loop.records, loop.trace_stderr
         record = replace(replace(probe, examples=probe.examples[: loop.used]).record(loop.dropped), name=name)

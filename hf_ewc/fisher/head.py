@@ -106,17 +106,17 @@ class Head:
                     logits, slope = self._logits(scored.hidden, columns)
                     change = self._change(logits, slope, scored.normalizers, scored.targets, scored.scales, first)
                 change = _padded(change, units, max(lengths))  # (U, S, columns)
+                if bias_total is not None:  # before the rows below are taken out: the bias has one end only
+                    bias_total[columns] += change.sum(1).square().sum(0)
                 if embedded is not None:
                     inside = (embedded.token >= columns.start) & (embedded.token < columns.stop)
                     change[embedded.unit[inside], :, embedded.token[inside] - first] = 0
                 add_squared_products(hidden, change, total[columns], lengths, self.scratch)
-                if bias_total is not None:
-                    bias_total[columns] += change.sum(1).square().sum(0)
             if embedded is not None:
                 self._square_tied(scored, units, total, embedded)
 
     def _square_tied(self, scored: Scored, units: Sequence[slice], total: Tensor, embedded: Embedded) -> None:
-        if len(units) == len(scored.hidden):  # one position each: all at once
+        if all(unit.stop - unit.start == 1 for unit in units):  # one position each: all at once
             hidden, tokens = scored.hidden[embedded.unit], embedded.token
             raw = (hidden.float() * self.linear.weight.detach()[tokens].float()).sum(-1)
             bias = self.linear.bias
@@ -195,7 +195,7 @@ def _at(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _padded(values: Tensor, units: Sequence[slice], longest: int) -> Tensor:
     """(N, …) → (U, longest, …), zeros behind each unit's positions; memory of its own."""
-    if len(units) == len(values):
+    if longest == 1 and len(units) == len(values):
         return values[:, None].clone()
     found = values.new_zeros(len(units), longest, *values.shape[1:])
     for row, unit in enumerate(units):

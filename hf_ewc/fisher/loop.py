@@ -157,10 +157,11 @@ class Loop:
     def _is_finite(self, number: int) -> bool:
         return all(accumulate_squares(self.model, self._batch([number]), None))
 
-    def _refuse_too_many(self, dropped: list[int]) -> None:
-        if len(dropped) > self.config.max_dropped * len(self.examples):
+    def _refuse_too_many(self, dropped: list[int], among: int | None = None) -> None:
+        among = len(self.examples) if among is None else among
+        if len(dropped) > self.config.max_dropped * among:
             raise DataError(
-                f"{len(dropped)} of {len(self.examples)} examples so far (number {numbers_of(dropped)}) have a NaN or infinite "
+                f"{len(dropped)} of {among} examples so far (number {numbers_of(dropped)}) have a NaN or infinite "
                 f"loss or gradient, more than `max_dropped: {self.config.max_dropped}`. The Fisher of the rest would not "
                 "speak for the probe. Look at those rows, try `dtype: float32`, and check that the model's own loss is finite."
             )
@@ -198,7 +199,7 @@ class Loop:
         self.processes.add_up(self.sums)
         self.dropped = sorted(n for part in self.processes.gather(self.state.dropped) for n in part)
         self.traces = [trace for part in self.processes.gather(self.traces) for trace in part]
-        self._refuse_too_many(self.dropped)
+        self._refuse_too_many(self.dropped, self.used)
         self._warn_of_dropped()
 
     def _warn_of_dropped(self) -> None:

@@ -126,7 +126,8 @@ def accumulate_squares(
             )
             if weights is not None:
                 loss = loss * weights[row].to(loss.device).sqrt()
-            loss.backward()
+            if loss.requires_grad:  # with `only`, a row may pass by all of these parameters (an expert, say)
+                loss.backward()
             finite.append(bool(torch.stack([norm.to(loss.device) for norm in (*norms, loss.detach())]).isfinite().all()))
             norms.clear()
     finally:

@@ -45,7 +45,8 @@ def ready(model: PreTrainedModel) -> Iterator[None]:
         for parameter in found:
             parameter.requires_grad_(True)
             parameter.grad = None
-        with torch.enable_grad():
+        # the caller's autocast would round gradients to 16 bits, and the record would say float32
+        with torch.enable_grad(), torch.autocast(model.device.type, enabled=False):
             yield
     finally:
         for parameter, (needed, gradient) in found.items():

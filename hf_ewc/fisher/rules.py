@@ -40,7 +40,7 @@ class Pass:
     def fits(self, x: Tensor) -> bool:
         """Whether x (B, …) or, tokenwise, (B, T, …) keeps its units apart."""
         wanted = (self.rows, self.positions) if self.tokenwise else (self.rows,)
-        return x.dim() > len(wanted) and x.shape[: len(wanted)] == wanted
+        return x.dim() > 2 and x.shape[: len(wanted)] == wanted  # (n, D) may be any n tokens, by chance as many as rows
 
     def units(self, x: Tensor) -> Tensor:
         """(B, …, D) → (U, positions of a unit, D)."""

@@ -108,6 +108,7 @@ class ShardedLoop(Loop):
 
     def _add_up(self) -> None:
         self.dropped = sorted(self.state.dropped)
+        self._refuse_too_many(self.dropped, self.used)
         self._warn_of_dropped()
 
 
