@@ -216,3 +216,53 @@ def test_a_module_that_hides_its_examples_in_a_later_batch_is_left_out_without_a
     calls.clear()
     with pytest.raises(DataError, match=rf"granularity: token.*{name}"):
         estimate(base_folder, tiny.QUESTIONS, batch_size=2, granularity="token")
+
+
+def token_rows(*firsts):
+    return [{"input_ids": [2, f, 50, 51, 52 + k % 9], "labels": [-100, -100, 50, 51, 52 + k % 9]} for k, f in enumerate(firsts)]
+
+
+def test_autocast_and_inference_mode_of_the_caller_do_not_reach_the_gradients(base_folder):
+    plain = estimate_fisher(base_folder, FisherConfig(), dataset=tiny.QUESTIONS, progress=False)
+    for around in (torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode()):
+        with around:
+            found = estimate_fisher(base_folder, FisherConfig(), dataset=tiny.QUESTIONS, progress=False)
+        assert found.manifest.estimator.path == "batched"
+        assert found.trace == plain.trace
+
+
+def test_max_dropped_is_a_share_of_the_examples_that_were_used(tmp_path, tokenizer):
+    model = tiny.make_model(len(tokenizer), tie_word_embeddings=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[90] = torch.nan
+    model.save_pretrained(tmp_path / "poisoned")
+    tokenizer.save_pretrained(tmp_path / "poisoned")
+    data = token_rows(*[90] * 8, *[60, 61] * 500)
+    config = FisherConfig(until_stable=0.1, max_dropped=0.01)
+    with pytest.raises(DataError, match="8 of 64 examples"):  # 0.8 % of the probe, 12 % of what was used
+        estimate_fisher(tmp_path / "poisoned", config, dataset=data, progress=False)
+
+
+def test_a_probe_that_stopped_when_stable_is_finished_on_resume(base_folder, tmp_path):
+    data = tiny.write_jsonl(tmp_path / "q.jsonl", tiny.QUESTIONS * 40)
+    config = FisherConfig(probes={"a": {"probe": "mmlu", "dataset": str(data)}}, until_stable=0.6, work_dir=str(tmp_path / "w"))
+    first = estimate_fisher(base_folder, config, progress=False)
+    config.resume = True
+    again = estimate_fisher(base_folder, config, progress=False)
+    assert again.manifest.probes == first.manifest.probes
+    assert first.manifest.probes[0].examples == 64
+
+
+def test_what_was_left_out_in_the_middle_is_recorded(base_folder, monkeypatch):
+    name, calls, observe = "model.layers.1.mlp.up_proj.weight", [], LinearRule.observe
+
+    def hides(self, x):
+        if self.weight == name:
+            calls.append(1)
+            if len(calls) == 3:
+                return None
+        return observe(self, x)
+
+    monkeypatch.setattr(LinearRule, "observe", hides)
+    found = estimate_fisher(base_folder, FisherConfig(batch_size=2), dataset=tiny.QUESTIONS, progress=False)
+    assert found.manifest.estimator.fallback == [name]
