@@ -24,6 +24,7 @@ import tiny
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from hf_ewc.cli.main import end_process
 from hf_ewc.errors import ConfigError
 from hf_ewc.fisher import Example, collate, prepared
 from hf_ewc.fisher.sharded import ShardedSquares, shard, summed_loss
@@ -237,4 +238,4 @@ if __name__ == "__main__":
     target = Path(sys.argv[1])
     seen = {case: run(case, target) for case in sys.argv[2:]}
     (target / f"{dist.get_rank()}.json").write_text(json.dumps(seen))
-    dist.destroy_process_group()
+    end_process(0)

@@ -135,6 +135,7 @@ def test_a_resumed_run_with_another_number_of_processes_or_batch_size_is_refused
 SEVERAL = """
 import json, sys
 from hf_ewc import ConfigError, DataError, FisherConfig, estimate_fisher
+from hf_ewc.cli.main import end_process
 base, poisoned, out = sys.argv[1:]
 row = lambda first, n: {"input_ids": [2, first, 50, 51, 52 + n], "labels": [-100, -100, 50, 51, 52 + n]}
 one = estimate_fisher(base, FisherConfig(num_processes=2), dataset=[row(60, 0)], progress=False)
@@ -154,6 +155,7 @@ try:
     estimate_fisher(base, FisherConfig(), dataset=[row(60 + rank, 0)], progress=False)
 except ConfigError as error:
     open(f"{out}/differ-{rank}", "w").write(str(error))
+end_process(0)
 """
 
 

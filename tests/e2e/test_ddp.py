@@ -12,6 +12,7 @@ SCRIPT = """
 import os, sys
 sys.path.insert(0, {tests!r})
 import training
+from hf_ewc.cli.main import end_process
 world = int(os.environ.get("WORLD_SIZE", "1"))
 trainer = training.ewc_trainer({base!r}, {out!r}, fisher={fisher!r}, ewc_lambda=3e-3, ewc_mode={mode!r}, learning_rate={lr},
                                max_steps=4, per_device_train_batch_size=4 // world, optim={optim!r},
@@ -19,6 +20,7 @@ trainer = training.ewc_trainer({base!r}, {out!r}, fisher={fisher!r}, ewc_lambda=
 assert trainer.accelerator.num_processes == world, trainer.accelerator.num_processes
 trainer.train()
 trainer.save_model()
+end_process(0)
 """
 
 

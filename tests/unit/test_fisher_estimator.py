@@ -32,6 +32,7 @@ def token_rows(*firsts: int) -> list[dict]:
 def assert_equal(left: FisherInformation, right: FisherInformation, tolerance: float = 0) -> None:
     """Bit by bit, or within a tolerance relative to each tensor's largest value: other batches round differently."""
     assert left.names == right.names
+    assert left.normalizer == right.normalizer
     for name in left.names:
         theirs = right.read(name)
         torch.testing.assert_close(left.read(name), theirs, rtol=tolerance, atol=tolerance * float(theirs.max()))

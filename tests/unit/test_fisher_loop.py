@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from test_fisher_estimator import assert_equal
 from transformers import AutoModelForCausalLM
 
 from hf_ewc import ConfigError, DataError, FisherConfig, FisherInformation, estimate_fisher
@@ -27,14 +28,6 @@ KINDS = [
 
 def estimate(model, rows, **settings) -> FisherInformation:
     return estimate_fisher(model, FisherConfig(**settings), dataset=rows, progress=False)
-
-
-def same(left: FisherInformation, right: FisherInformation, tolerance: float = 0) -> None:
-    assert left.names == right.names
-    assert left.normalizer == right.normalizer
-    for name in left.names:
-        theirs = right.read(name)
-        torch.testing.assert_close(left.read(name), theirs, rtol=tolerance, atol=tolerance * float(theirs.max()))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +53,7 @@ def test_a_nan_example_leaves_no_trace_in_any_kind_of_fisher(poisoned, tmp_path,
     work = {} if save_every is None else {"work_dir": str(tmp_path / "work"), "save_every": save_every}
     found = estimate(poisoned, [*good, SICK], max_dropped=0.5, batch_size=4, **kind, **work)
     expected = estimate(poisoned, good, batch_size=4, **kind)
-    same(found, expected, 1e-5)
+    assert_equal(found, expected, 1e-5)
     assert (found.manifest.probes[0].examples, found.manifest.probes[0].dropped) == (5, 1)
     assert found.manifest.estimator.path == expected.manifest.estimator.path
     left, right = found.manifest.estimator.trace_stderr, expected.manifest.estimator.trace_stderr
@@ -72,7 +65,7 @@ def test_bad_examples_in_several_windows_and_two_in_one_batch_are_each_dropped_o
     rows = [SICK, tiny.QUESTIONS[0], SICK, tiny.QUESTIONS[1], *tiny.QUESTIONS[2:4], SICK, tiny.QUESTIONS[4]]
     work = {"work_dir": str(tmp_path / "work")} if saved else {}
     found = estimate(poisoned, rows, max_dropped=3 / 8, save_every=4, batch_size=2, **work)  # not one more than there are
-    same(found, estimate(poisoned, tiny.QUESTIONS[:5]), 1e-5)
+    assert_equal(found, estimate(poisoned, tiny.QUESTIONS[:5]), 1e-5)
     assert found.manifest.probes[0].dropped == 3
 
 
@@ -101,7 +94,7 @@ def test_a_nan_gradient_under_a_finite_loss_is_found_and_dropped(base_folder, ki
     model.model.norm.register_forward_hook(lambda module, args, y: SickBackward.apply(y, sick[-1]))
     found = estimate(model, rows, max_dropped=0.5, batch_size=3, **kind)
     assert found.manifest.probes[0].dropped == 1
-    same(found, estimate(base_folder, rows[:5], batch_size=3, **kind), 1e-5)
+    assert_equal(found, estimate(base_folder, rows[:5], batch_size=3, **kind), 1e-5)
 
 
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[1], KINDS[4]], ids=str)
@@ -125,7 +118,7 @@ def test_a_run_that_is_killed_at_any_pause_resumes_to_the_same_artifact(poisoned
             with pytest.raises(KeyboardInterrupt):
                 estimate(poisoned, rows, **settings, **work)
         resumed = estimate(poisoned, rows, **settings, **work, resume=True)
-        same(resumed, straight)
+        assert_equal(resumed, straight)
         assert resumed.manifest.probes == straight.manifest.probes
         assert resumed.manifest.estimator == straight.manifest.estimator, "halves and scatter included"
 
@@ -152,7 +145,7 @@ def test_a_resume_with_another_setting_is_refused_by_its_name(base_folder, tmp_p
 def test_a_seed_and_a_batch_size_that_change_nothing_do_not_stand_in_the_way_of_a_resume(base_folder, tmp_path):
     work = {"work_dir": str(tmp_path / "work")}
     first = estimate(base_folder, tiny.QUESTIONS, **work)
-    same(estimate(base_folder, tiny.QUESTIONS, seed=3, batch_size=2, **work, resume=True), first)
+    assert_equal(estimate(base_folder, tiny.QUESTIONS, seed=3, batch_size=2, **work, resume=True), first)
 
 
 def test_the_recorded_halves_are_those_of_the_even_and_the_odd_examples(base_folder, tokenizer):
@@ -211,7 +204,7 @@ def test_a_module_that_hides_its_examples_in_a_later_batch_is_left_out_without_a
 
     straight = estimate(base_folder, tiny.QUESTIONS, batch_size=2)
     monkeypatch.setattr(LinearRule, "observe", hides)
-    same(estimate(base_folder, tiny.QUESTIONS, batch_size=2), straight, 1e-5)
+    assert_equal(estimate(base_folder, tiny.QUESTIONS, batch_size=2), straight, 1e-5)
     assert f"From now on these go through the one-by-one path: {name}" in caplog.text
     calls.clear()
     with pytest.raises(DataError, match=rf"granularity: token.*{name}"):
