@@ -26,6 +26,8 @@ _HOMES = {
     "DataError": "errors",
     "FisherFormatError": "errors",
     "FisherMismatchError": "errors",
+    "HubError": "errors",
+    "HubUnavailableError": "errors",
 }
 
 __all__ = [*_HOMES, "__version__"]
@@ -34,7 +36,15 @@ if TYPE_CHECKING:
     from .artifact import BaseModel, FisherInformation
     from .callback import EWCCallback
     from .config import EvaluationConfig, EWCConfig, FisherConfig
-    from .errors import ConfigError, DataError, EWCError, FisherFormatError, FisherMismatchError
+    from .errors import (
+        ConfigError,
+        DataError,
+        EWCError,
+        FisherFormatError,
+        FisherMismatchError,
+        HubError,
+        HubUnavailableError,
+    )
     from .evaluation import evaluate_model
     from .fisher import estimate_fisher
     from .trainer import EWCTrainer

@@ -17,12 +17,11 @@ from . import __version__
 from .artifact import BaseModel, FisherInformation
 from .config import penalty_problems, raise_problems, training_problems
 from .errors import ConfigError
-from .files import write_atomically
+from .files import STATE_FILE, write_atomically
 from .penalty import EWCController, Protected
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "ewc_state.json"
 FisherSource: TypeAlias = str | Path | FisherInformation
 
 

@@ -23,3 +23,16 @@ class FisherFormatError(EWCError):
 
 class FisherMismatchError(EWCError):
     """A healthy Fisher artifact that belongs to another model, revision, tokenizer or vocabulary."""
+
+
+class HubError(EWCError):
+    """
+    The Hub answered, and the answer was no: no such repository, no access, a stale parent commit, a name that is taken.
+    """
+
+
+class HubUnavailableError(HubError):
+    """
+    The Hub did not answer, or failed, also after the client's retries. The same command may work later: the command line exits
+    with code 1.
+    """

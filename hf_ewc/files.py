@@ -6,6 +6,8 @@ import os
 import secrets
 from pathlib import Path
 
+STATE_FILE = "ewc_state.json"  # beside a trained model: λ, mode, and which Fisher and anchor it was trained against
+
 
 def write_atomically(path: str | Path, content: str | bytes) -> Path:
     """Write (text as UTF-8) beside `path`, flush it to the disk, and rename it into place; a missing folder is made."""

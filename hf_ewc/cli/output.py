@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import ConfigError
-
-STATE_FILE = "ewc_state.json"  # `callback.STATE_FILE`, without importing torch
+from ..files import STATE_FILE
 
 # what EWCTrainer and `save_pretrained` write
 MODEL_FILES = (

@@ -112,7 +112,8 @@ def run(argv: list[str]) -> int:
 
     from ..errors import ConfigError
     from ..experiment import check_fisher, train_model
-    from .output import MODEL_FILES, STATE_FILE, claim, refuse_same_folder
+    from ..files import STATE_FILE
+    from .output import MODEL_FILES, claim, refuse_same_folder
 
     state = PartialState()
     wanted = int(os.environ.get("WORLD_SIZE", "1"))

@@ -10,8 +10,9 @@ from datasets import Dataset, IterableDataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from ..artifact import BaseModel, FisherInformation
-from ..callback import STATE_FILE, load_fisher
+from ..callback import load_fisher
 from ..config import EWCConfig
+from ..files import STATE_FILE
 from ..trainer import EWCTrainer, last_complete_checkpoint
 from .records import read_json, refuse_changes
 

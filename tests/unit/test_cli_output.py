@@ -2,9 +2,9 @@
 
 import pytest
 
-from hf_ewc.callback import STATE_FILE as CALLBACK_STATE_FILE
-from hf_ewc.cli.output import MODEL_FILES, STATE_FILE, claim, refuse_same_folder
+from hf_ewc.cli.output import MODEL_FILES, claim, refuse_same_folder
 from hf_ewc.errors import ConfigError
+from hf_ewc.files import STATE_FILE
 
 MARKS = (STATE_FILE, f"checkpoint-*/{STATE_FILE}")
 
@@ -13,10 +13,6 @@ def make(folder, *names):
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("x")
-
-
-def test_the_state_file_is_the_one_that_training_writes():
-    assert STATE_FILE == CALLBACK_STATE_FILE
 
 
 def test_new_and_empty_folders_may_be_used(tmp_path):

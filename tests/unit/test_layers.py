@@ -8,13 +8,15 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "hf_ewc"
 FLOORS = {
     **dict.fromkeys(("errors", "config", "data", "files"), 0),
-    "artifact": 1,
-    **dict.fromkeys(("fisher", "penalty"), 2),
-    **dict.fromkeys(("callback", "trainer"), 3),
+    "hub": 1,
+    "artifact": 2,
+    **dict.fromkeys(("fisher", "penalty"), 3),
     "evaluation": 4,
-    "experiment": 5,
-    **dict.fromkeys(("demo", "bench"), 6),
-    "cli": 7,
+    "publish": 5,
+    **dict.fromkeys(("callback", "trainer"), 6),
+    "experiment": 7,
+    **dict.fromkeys(("demo", "bench"), 8),
+    "cli": 9,
 }
 
 

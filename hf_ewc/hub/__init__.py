@@ -1,0 +1,27 @@
+"""What hf_ewc asks of the Hugging Face Hub: pin, pull, push in one commit; and its refusals in plain words.
+
+Everything goes through `huggingface_hub`: `HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME` and `HF_HUB_OFFLINE` mean what they mean there.
+"""
+
+from __future__ import annotations
+
+from .problems import is_repo_id, plain_errors, scrubbed
+from .pull import Licence, fetch, fetch_file, licence_of, page, pin
+from .push import Pushed, PushPlan, plan_push, push_files, set_visibility
+
+__all__ = [
+    "Licence",
+    "PushPlan",
+    "Pushed",
+    "fetch",
+    "fetch_file",
+    "is_repo_id",
+    "licence_of",
+    "page",
+    "pin",
+    "plain_errors",
+    "plan_push",
+    "push_files",
+    "scrubbed",
+    "set_visibility",
+]

@@ -1,0 +1,178 @@
+"""What the Hub's client raises, as one sentence about what was wrong and one about what to do."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx2
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    FileMetadataError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from ..errors import EWCError, HubError, HubUnavailableError
+
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
+_LOGIN = "Log in with `hf auth login`, or set HF_TOKEN"
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether `name` has the form of an id on the Hub with its owner, `user/name`. Says nothing about whether it exists."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
+def scrubbed(text: str) -> str:
+    """`text` without access tokens: neither the one in use nor anything that looks like one."""
+    token = get_token()
+    if token:
+        text = text.replace(token, "hf_***")
+    return _TOKEN.sub("hf_***", text)
+
+
+@contextmanager
+def plain_errors(action: str, repo_id: str, repo_type: str = "model", revision: str | None = None) -> Iterator[None]:
+    """
+    Turn what the client raises inside the block into a [`HubError`] or [`HubUnavailableError`] for a person.
+
+    Args:
+        action (`str`): what was being done, for the message: "push the Fisher".
+        repo_id (`str`), repo_type (`str`): with which repository.
+        revision (`str`, *optional*): at which branch, tag or commit.
+
+    A full disk stays the `OSError` that it is, and our own errors pass.
+    """
+    try:
+        yield
+    except EWCError:
+        raise
+    except Exception as error:
+        problem = _problem(error, repo_id, repo_type, revision)
+        if problem is None:
+            raise
+        kind, text = problem
+        raise kind(f"cannot {action} ({repo_type} '{repo_id}'{f' at {revision!r}' if revision else ''}): {text}") from None
+
+
+def _problem(error: Exception, repo_id: str, repo_type: str, revision: str | None) -> tuple[type[HubError], str] | None:
+    """The kind of error and the sentence; `None` for what is none of the Hub's business."""
+    host = constants.ENDPOINT
+    page = f"{host}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
+    if isinstance(error, HFValidationError):
+        return HubError, f"this is no id on the Hub. It has the form `user/name`: {scrubbed(str(error)).splitlines()[0]}"
+    if isinstance(error, LocalTokenNotFoundError):
+        return HubError, f"this needs an account, and no token was found. {_LOGIN}."
+    if isinstance(error, OfflineModeIsEnabled):
+        return HubUnavailableError, f"HF_HUB_OFFLINE is set, so {host} is not asked. Unset it and run the same command again."
+    if isinstance(error, (RevisionResolutionError, LocalEntryNotFoundError)):
+        return HubUnavailableError, _not_cached(error, repo_id, repo_type)
+    if isinstance(error, GatedRepoError):
+        return HubError, f"it is gated, and you were not let in. Accept the licence at {page} in the browser. {_LOGIN}."
+    if isinstance(error, HfHubHTTPError):
+        return _answer(error, host, page, revision)
+    if isinstance(error, EntryNotFoundError):
+        return HubError, f"it has no such file ({scrubbed(str(error)).splitlines()[0]})."
+    if isinstance(error, FileMetadataError) or (isinstance(error, OSError) and "Consistency check failed" in str(error)):
+        return HubUnavailableError, (
+            f"what arrived was cut off or is not what was announced ({_first_line(error)}). Nothing of it is used. Run the "
+            "same command again: it goes on from what arrived."
+        )
+    if _full_disk(error):
+        return None
+    if isinstance(error, (httpx2.TransportError, ConnectionError, TimeoutError)):
+        return (
+            HubUnavailableError,
+            f"{host} cannot be reached ({type(error).__name__}: {_first_line(error)}). Run it again later.",
+        )
+    if type(error).__module__.startswith("hf_xet") or (isinstance(error, RuntimeError) and _of_xet(str(error))):
+        return HubUnavailableError, (
+            f"the transfer of its large files failed ({_first_line(error)}). Run the same command again: what arrived is not "
+            "sent twice."
+        )
+    return None
+
+
+def _answer(error: HfHubHTTPError, host: str, page: str, revision: str | None) -> tuple[type[HubError], str]:
+    """For an answer with an error code."""
+    status = error.response.status_code
+    said = scrubbed(error.server_message or error.response.reason_phrase or "").strip().rstrip(".")
+    quoted = f" (the Hub says: {said})" if said else ""
+    if status == 401 and "nvalid credentials" in said:
+        return HubError, f"the token was refused{quoted}. Make a new one at {host}/settings/tokens. {_LOGIN}."
+    if isinstance(error, RepositoryNotFoundError):
+        who = "this token's account may not see it" if get_token() else "no token was sent"
+        return HubError, f"there is no such repository at {host}, or it is private and {who}. Check the spelling. {_LOGIN}."
+    if isinstance(error, RevisionNotFoundError):
+        return HubError, f"it has no branch, tag or commit '{revision or 'main'}'. Its versions: {page}/commits/main"
+    if isinstance(error, EntryNotFoundError):
+        return HubError, f"it has no such file{quoted}. Its files: {page}/tree/{revision or 'main'}"
+    if status == 401:
+        return HubError, f"this needs an account{quoted}. {_LOGIN}."
+    if status == 403:
+        return HubError, (
+            f"this token may not do that{quoted}. Use a token with write access to this namespace ({host}/settings/tokens), or "
+            "another repository."
+        )
+    if status == 409:
+        return HubError, f"it is in conflict with what is there{quoted}. Choose another name, or look at {page}"
+    if status == 412:
+        return HubError, (
+            f"somebody else pushed to it in the meantime{quoted}. Nothing was overwritten. Look at {page}/commits/main, then "
+            "run the same command again to push on top of it."
+        )
+    if status == 416:
+        return HubError, f"a file there is shorter than announced{quoted}: it was replaced or damaged. See {page}/tree/main"
+    if status == 429:
+        return HubUnavailableError, f"{host} answers too many requests{quoted}. Wait some minutes and run it again."
+    if status >= 500:
+        return HubUnavailableError, f"{host} failed with {status}{quoted}, also when asked again. Run the same command later."
+    return HubError, f"{host} answered {status}{quoted}. See {page}"
+
+
+def _not_cached(error: Exception, repo_id: str, repo_type: str) -> str:
+    kind = "" if repo_type == "model" else f" --repo-type {repo_type}"
+    if constants.is_offline_mode():
+        why = "HF_HUB_OFFLINE is set"
+    else:
+        why = f"{constants.ENDPOINT} could not be reached"
+    return (
+        f"{why}, and this machine's cache does not hold it. Fetch it once while online with `hf download {repo_id}{kind}`. "
+        f"({_first_line(error)})"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = scrubbed(str(error)).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def _of_xet(text: str) -> bool:
+    return any(word in text for word in ("Data processing error", "CAS", "xet", "Xet", "xorb"))
+
+
+def _full_disk(error: BaseException | None) -> bool:
+    """Whether it came from a full disk: `cli.main` has the words for that."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,214 @@
+"""Push: one commit with everything in it, made against the version that was looked at, or nothing.
+
+`HfApi.upload_folder` is not used: with Xet it commits every five minutes, and who pulls in between gets half a Fisher. Here the
+contents travel first (what the Hub has is not sent again, so a push that was killed goes on) and become visible in one commit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
+
+from ..errors import HubError
+from .problems import plain_errors
+from .pull import Token, client, page
+
+Content = Path | bytes
+
+
+@dataclass(frozen=True)
+class PushPlan:
+    """
+    What a push would change.
+
+    Args:
+        exists (`bool`): whether the repository is there.
+        private (`bool`, *optional*): whether it is private; `None` where it does not exist yet.
+        parent (`str`, *optional*): commit that the plan was made against.
+        files, unchanged (`dict[str, int]`): path → bytes, of what is new or different and of what is there already.
+        deleted (`list[str]`): files there that go.
+        tags (`dict[str, str]`): tag → commit of the repository.
+    """
+
+    repo_id: str
+    repo_type: str
+    revision: str | None
+    exists: bool
+    private: bool | None
+    parent: str | None
+    files: dict[str, int]
+    unchanged: dict[str, int]
+    deleted: list[str]
+    tags: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """Of the new and the different files. The Hub may have parts of them already."""
+        return sum(self.files.values())
+
+    @property
+    def empty(self) -> bool:
+        return not self.files and not self.deleted
+
+    def text(self) -> str:
+        """The plan for a person, a line for each file."""
+        state = "new" if not self.exists else "private" if self.private else "public"
+        lines = [f"{self.repo_type} {self.repo_id} ({state}): {len(self.files)} files to send, {self.bytes:,} bytes"]
+        lines += [f"  send    {size:>15,}  {path}" for path, size in self.files.items()]
+        lines += [f"  keep    {size:>15,}  {path}" for path, size in self.unchanged.items()]
+        lines += [f"  delete  {'':>15}  {path}" for path in self.deleted]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """A push that is done: the commit that holds everything, its page, and what had to change for it."""
+
+    repo_id: str
+    repo_type: str
+    commit: str
+    url: str
+    plan: PushPlan
+
+
+def plan_push(
+    files: Mapping[str, Content],
+    repo_id: str,
+    repo_type: str,
+    *,
+    revision: str | None = None,
+    delete: Sequence[str] = (),
+    token: Token = None,
+) -> PushPlan:
+    """
+    Compare files with a repository, by content. Only reads.
+
+    Args:
+        files (`Mapping[str, Path | bytes]`): path in the repository → content.
+        revision (`str`, *optional*): branch; a new one starts at `main`.
+        delete (`Sequence[str]`, *optional*): patterns of files there that go if they are not among `files`.
+    """
+    api = client(token)
+    with plain_errors("look at", repo_id, repo_type, revision):
+        try:
+            head: Any = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
+        except RevisionNotFoundError:
+            head = api.repo_info(repo_id, repo_type=repo_type)
+        except RepositoryNotFoundError as error:
+            if error.response.status_code == 401 and "nvalid credentials" in (error.server_message or ""):
+                raise
+            sizes = {path: _size(content) for path, content in files.items()}
+            return PushPlan(repo_id, repo_type, revision, False, None, None, sizes, {}, [])
+        tree = api.list_repo_tree(repo_id, repo_type=repo_type, revision=head.sha, recursive=True)
+        there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+        tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id, repo_type=repo_type).tags}
+    changed: dict[str, int] = {}
+    unchanged: dict[str, int] = {}
+    for path, content in files.items():
+        same = path in there and _same(content, there[path])
+        (unchanged if same else changed)[path] = _size(content)
+    deleted = [path for path in there if path not in files and any(fnmatch(path, pattern) for pattern in delete)]
+    return PushPlan(repo_id, repo_type, revision, True, head.private, head.sha, changed, unchanged, deleted, tags)
+
+
+def push_files(
+    files: Mapping[str, Content],
+    repo_id: str,
+    repo_type: str,
+    *,
+    message: str,
+    private: bool = True,
+    revision: str | None = None,
+    tag: str | None = None,
+    create_pr: bool = False,
+    delete: Sequence[str] = (),
+    token: Token = None,
+    sdk: str | None = None,
+) -> Pushed:
+    """
+    Make a repository hold these files, in one commit; nothing is sent, and no commit made, where it does already.
+
+    Args:
+        files, revision, delete: as for [`plan_push`].
+        message (`str`): of the commit.
+        private (`bool`, *optional*, defaults to `True`): whether a repository that is created here is private. One that exists
+            stays as it is.
+        tag (`str`, *optional*): for the commit.
+        create_pr (`bool`, *optional*, defaults to `False`): propose the commit instead.
+        sdk (`str`, *optional*): of a Space that is created here.
+
+    Returns:
+        [`Pushed`].
+
+    Raises:
+        [`HubError`]: no access, a tag that belongs to another commit, somebody pushed in between. Nothing became visible.
+    """
+    plan = plan_push(files, repo_id, repo_type, revision=revision, delete=delete, token=token)
+    if tag is not None and tag in plan.tags and (plan.tags[tag] != plan.parent or not plan.empty):
+        raise HubError(
+            f"the tag '{tag}' of {repo_type} '{repo_id}' belongs to commit {plan.tags[tag]}, and this push would make another "
+            f"one. A tag is a promise: choose a new one, such as '{tag}.1'. Nothing was sent."
+        )
+    api = client(token)
+    parent = plan.parent
+    with plain_errors("push", repo_id, repo_type, revision):
+        if not plan.exists:
+            api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk)
+            parent = api.repo_info(repo_id, repo_type=repo_type).sha
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
+        if plan.empty:
+            commit, url = str(parent), page(repo_id, repo_type, parent)
+        else:
+            operations: list[Any] = [CommitOperationAdd(path, _uploadable(files[path])) for path in plan.files]
+            operations += [CommitOperationDelete(path) for path in plan.deleted]
+            info = api.create_commit(
+                repo_id,
+                operations,
+                commit_message=message,
+                repo_type=repo_type,
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=parent,
+            )
+            commit, url = info.oid, info.pr_url or page(repo_id, repo_type, info.oid)
+        if tag is not None and plan.tags.get(tag) != commit and not create_pr:
+            api.create_tag(repo_id, tag=tag, revision=commit, repo_type=repo_type)
+    return Pushed(repo_id, repo_type, commit, url, plan)
+
+
+def set_visibility(repo_id: str, repo_type: str, private: bool, token: Token = None) -> None:
+    """Make a repository private or public."""
+    with plain_errors(f"make {'private' if private else 'public'}", repo_id, repo_type):
+        client(token).update_repo_settings(repo_id, repo_type=repo_type, private=private)
+
+
+def _size(content: Content) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def _uploadable(content: Content) -> str | bytes:
+    return content if isinstance(content, bytes) else str(content)
+
+
+def _same(content: Content, there: RepoFile) -> bool:
+    """By the hash that the Hub itself keeps: sha256 of what lies in large-file storage, git's sha1 of the rest."""
+    size = _size(content)
+    if size != there.size:
+        return False
+    digest = hashlib.sha256() if there.lfs else hashlib.sha1(b"blob %d\0" % size)
+    if isinstance(content, bytes):
+        digest.update(content)
+    else:
+        with open(content, "rb") as file:
+            while block := file.read(8 << 20):
+                digest.update(block)
+    return digest.hexdigest() == (there.lfs.sha256 if there.lfs else there.blob_id)
