@@ -46,6 +46,7 @@ class EWCCallback(TrainerCallback):
         anchor (`str`, *optional*): model id or folder of θ*; defaults to the base model that the Fisher names.
         anchor_revision, fisher_revision (`str`, *optional*): branch, tag or commit; `fisher_revision` for a single Fisher only.
         fisher_decay (`float`, *optional*, defaults to 1.0): weakens each Fisher of a list once per later one.
+        fisher_streaming (`bool`, *optional*, defaults to `False`): read a Fisher of the Hub without the disk.
         missing (`str`, *optional*, defaults to `"error"`): `"ignore"` leaves parameters that the Fisher lacks unpenalised.
 
     Raises:
@@ -72,12 +73,13 @@ class EWCCallback(TrainerCallback):
         anchor_revision: str | None = None,
         fisher_revision: str | None = None,
         fisher_decay: float = 1.0,
+        fisher_streaming: bool = False,
         missing: str = "error",
     ) -> None:
         problems = penalty_problems(ewc_lambda, mode, missing, fisher, fisher_revision, fisher_decay)
         raise_problems("This EWC callback cannot run", problems)
         base = BaseModel.resolve(anchor, anchor_revision) if anchor is not None else None
-        loaded = load_fisher(fisher, fisher_revision, fisher_decay, base)
+        loaded = load_fisher(fisher, fisher_revision, fisher_decay, base, fisher_streaming)
         if base is None:
             base = loaded.manifest.base_model if loaded.has_own_anchor else loaded.manifest.base_model.located()
         loaded.check_base(base)
@@ -199,7 +201,11 @@ class EWCCallback(TrainerCallback):
 
 
 def load_fisher(
-    fisher: FisherSource | Sequence[FisherSource], revision: str | None, decay: float, base: BaseModel | None = None
+    fisher: FisherSource | Sequence[FisherSource],
+    revision: str | None,
+    decay: float,
+    base: BaseModel | None = None,
+    streaming: bool = False,
 ) -> FisherInformation:
     """
     What a setting `fisher` names, checked and in one piece.
@@ -209,12 +215,13 @@ def load_fisher(
         revision (`str`, *optional*): of a single Fisher.
         decay (`float`): see [`FisherInformation.fold`].
         base ([`BaseModel`], *optional*): the model that training starts from; found without its id by those measured at it.
+        streaming (`bool`, *optional*): see [`FisherInformation.from_pretrained`].
     """
     if isinstance(fisher, FisherInformation):
         return fisher
     if isinstance(fisher, (str, Path)):
-        return FisherInformation.from_pretrained(fisher, revision=revision)
-    parts = [load_fisher(each, revision, decay) for each in fisher]
+        return FisherInformation.from_pretrained(fisher, revision, streaming=streaming)
+    parts = [load_fisher(each, revision, decay, streaming=streaming) for each in fisher]
     return FisherInformation.fold(parts, decay, [base] if base else [])
 
 
@@ -255,5 +262,5 @@ def output_folder(args: TrainingArguments) -> Path:
 
 def write_state(folder: Path, step: int, state: dict[str, Any]) -> None:
     """Write `ewc_state.json`: λ, mode, and which Fisher and anchor a checkpoint was trained against."""
-    content = {"schema": 1, "hf_ewc": __version__, "global_step": step, **state}
-    write_atomically(folder / STATE_FILE, json.dumps(content, indent=2) + "\n")
+    content = {"schema": 1, "hf_ewc": __version__, **state, "global_step": step}
+    write_atomically(folder / STATE_FILE, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")

@@ -19,8 +19,15 @@ from .artifact import FisherInformation
 from .callback import EWCCallback, check_model, output_folder, write_state
 from .config import EWCConfig
 from .errors import ConfigError, DataError
+from .files import write_atomically
 
 logger = logging.getLogger(__name__)
+
+# settings that say how a model came about; they go into `ewc_state.json`, and from there onto its card
+RECORDED = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "weight_decay", "optim", "bf16"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "packing", "packing_strategy", "seed"),
+)
 
 
 class EWCTrainer(SFTTrainer):
@@ -34,6 +41,7 @@ class EWCTrainer(SFTTrainer):
         model (`str` or [`~transformers.PreTrainedModel`]): base model id, folder, or model that was loaded from one.
         args ([`EWCConfig`]): all settings; `ewc_lambda`, `fisher` and `ewc_mode` are the ones that matter.
         fisher ([`FisherInformation`], *optional*): in place of `args.fisher`, one that is in memory or was loaded before.
+        train_data (`dict`, *optional*): what `train_dataset` is (`dataset`, `config`, `split`, `revision`), for the record.
         train_dataset, eval_dataset, processing_class, ...: as in `SFTTrainer`, except `peft_config`, which is refused.
 
     Raises:
@@ -62,8 +70,10 @@ class EWCTrainer(SFTTrainer):
         eval_dataset: Any = None,
         *,
         fisher: FisherInformation | None = None,
+        train_data: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        self.train_data = train_data
         if not isinstance(args, EWCConfig):
             raise ConfigError(f"`args` must be an `EWCConfig` (it names λ and the Fisher), got `{type(args).__name__}`.")
         args.check(loaded=fisher is not None)
@@ -101,11 +111,88 @@ class EWCTrainer(SFTTrainer):
         return loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        token, self.args.hub_token = self.args.hub_token, None  # `training_args.bin` is a pickle of all arguments
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
         if self.args.should_save:
-            state = self.ewc.controller.state() if self.ewc is not None else {"ewc_lambda": 0.0, "fisher": None, "anchor": None}
             folder = Path(output_dir) if output_dir else output_folder(self.args)
-            write_state(folder, self.state.global_step, state)
+            write_state(folder, self.state.global_step, self._ewc_state())
+
+    def _ewc_state(self) -> dict[str, Any]:
+        state = self.ewc.controller.state() if self.ewc is not None else {"ewc_lambda": 0.0, "fisher": None, "anchor": None}
+        training = {name: getattr(self.args, name) for name in RECORDED}
+        return {**state, "global_step": self.state.global_step, "data": self.train_data, "training": training}
+
+    def create_model_card(  # type: ignore[override]  # as TRL's
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
+    ) -> None:
+        """Write `README.md`: base, Fisher, data, λ and mode as they are, in place of TRL's card, which knows none of them."""
+        if not self.is_world_process_zero():
+            return
+        from .publish import render_checkpoint_card  # with evaluation's libraries, which training does not need
+
+        if dataset_name is not None and self.train_data is None:
+            self.train_data = {"dataset": dataset_name}
+        folder = output_folder(self.args)
+        name = self.hub_model_id or model_name or folder.name
+        repo_id = name if "/" in name else None
+        card = render_checkpoint_card(self._ewc_state(), repo_id=repo_id, name=name)
+        write_atomically(folder / "README.md", card)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        *,
+        results: str | Path | None = None,
+        tag: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Save and publish the model with its card, as [`~transformers.Trainer.push_to_hub`] does it; but in one commit, without
+        pickles, and with the record of its Fisher and anchor.
+
+        Args:
+            commit_message (`str`), token (`str`), revision (`str`), private (`bool`): as in the parent.
+            blocking (`bool`, *optional*, defaults to `True`): wait for the end.
+            results (`str` or `Path`, *optional*): `results.json` of an evaluation, for the card's table.
+            tag (`str`, *optional*): for the commit.
+            kwargs: `dataset_name`: what was trained on, for the card.
+
+        Returns:
+            [`~hub.Pushed`], a future of it with `blocking=False`, or `None` on all but the main process.
+
+        Raises:
+            [`HubError`]: no access, a tag that is taken, somebody pushed in between.
+        """
+        from .publish import push_checkpoint
+
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if (name := kwargs.get("dataset_name")) is not None and self.train_data is None:
+            self.train_data = {"dataset": name}
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        if self.hub_model_id is not None:
+            self._finish_current_push()  # of `hub_strategy: every_save`
+        token = token or self.args.hub_token
+        name = self.hub_model_id or self.args.hub_model_id or output_folder(self.args).absolute().name
+        return push_checkpoint(
+            output_folder(self.args),
+            name,
+            private=bool(private if private is not None else self.args.hub_private_repo),
+            revision=revision or self.args.hub_revision,
+            tag=tag,
+            results=results,
+            commit_message=commit_message,
+            token=token,
+            run_as_future=not blocking,
+        )
 
 
 def _make_callback(model: str | PreTrainedModel, args: EWCConfig, fisher: FisherInformation | None) -> EWCCallback | None:
@@ -128,6 +215,7 @@ def _make_callback(model: str | PreTrainedModel, args: EWCConfig, fisher: Fisher
         anchor_revision=args.anchor_revision or (_init_kwargs(args).get("revision") if args.anchor is None else None),
         fisher_revision=args.fisher_revision if fisher is None else None,
         fisher_decay=args.fisher_decay if fisher is None else 1.0,
+        fisher_streaming=args.fisher_streaming,
         missing=args.ewc_missing,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -12,17 +13,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    RevisionResolutionError,
-)
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
-from ..errors import DataError, FisherMismatchError
+from ..errors import DataError, FisherMismatchError, HubError
+from ..hub import fetch, is_repo_id, pin
 from .files import TensorFiles, sha256_file
 
 logger = logging.getLogger(__name__)
@@ -223,28 +218,23 @@ def pickles_in(folder: Path) -> list[str]:
 
 def _pull(name: str, revision: str | None) -> tuple[Path, str]:
     patterns = ["model*.safetensors", "*.json", *_TOKENIZER_FILES]
+    if not is_repo_id(name) and "/" in name:
+        raise DataError(f"the base model '{name}' is neither a folder on this machine nor an id on the Hub (`owner/name`).")
     try:
-        commit = HfApi().resolve_revision(name, revision=revision).resolved
-        return Path(snapshot_download(name, revision=commit, allow_patterns=patterns)), commit
-    except HFValidationError:
+        commit = pin(name, "model", revision)
+        return fetch(name, "model", commit, patterns), commit
+    except HubError as error:
         raise DataError(
-            f"the base model '{name}' is neither a folder on this machine nor an id on the Hub (`owner/name`)."
+            f"the base model '{name}' is no folder on this machine, and it could not be had from the Hub: {error}"
         ) from None
-    except (RevisionResolutionError, EntryNotFoundError, HfHubHTTPError, OSError) as error:
-        at = f" at revision '{revision}'" if revision else ""
-        raise DataError(
-            f"the base model '{name}'{at} is not a folder on this machine, and it could not be had from the Hub:\n"
-            f"    {str(error).strip().splitlines()[0]}\n"
-            "Check the spelling; if it is gated, accept its licence on its page and run `hf auth login`; or fetch it while "
-            f"online with `hf download {name}`."
-        ) from error
 
 
 def _blob_sha256(path: Path) -> str:
-    target = path.resolve()
-    # In the Hub's cache `snapshots/<commit>/<file>` links to `blobs/<sha256>`; hashing 5 GB again would tell nothing new.
-    if path.is_symlink() and target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name):
-        return target.name
+    # In the Hub's cache `snapshots/<commit>/<file>` links to `blobs/<sha256>`; hashing 5 GB again would tell nothing new. Only
+    # the first link counts: with Xet that blob is a link in turn, to a file that is named by another hash.
+    link = Path(os.readlink(path)) if path.is_symlink() else path
+    if link.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", link.name):
+        return link.name
     return sha256_file(path)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import DatasetCardData
 
+from ..hub import is_repo_id, page, scrubbed
 from .manifest import ADAM_PATH
 
 if TYPE_CHECKING:
+    from ..hub import Licence
     from .manifest import Manifest, ProbeRecord
 
 _SQUARED = {
@@ -31,28 +35,35 @@ _TARGETS = {
 }
 
 
-def render_card(manifest: Manifest) -> str:
+def render_card(
+    manifest: Manifest,
+    *,
+    repo_id: str | None = None,
+    licence: Licence | None = None,
+    picture: bool = False,
+    rows: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
     """
     The dataset card: what it measures, of which base at which revision, how to use it, limits.
 
     The front matter's `configs:` block is not decoration: without it `load_dataset` takes the JSON files for data and
-    crashes. The licence is left to the base model, whose terms a derivative inherits.
+    crashes. `lineage:` says for programs what the table says for people: what this was made of, by id, commit and hash.
+
+    Args:
+        manifest ([`Manifest`]): of the Fisher.
+        repo_id (`str`, *optional*): dataset repository that it will lie in; the examples then name it.
+        licence ([`Licence`], *optional*): of the base model, which a derivative inherits.
+        picture (`bool`, *optional*, defaults to `False`): `trace.png` lies beside the card, see [`trace_picture`].
+        rows (sequence of `dict`, *optional*): rows of `summary/params.parquet`, for a table of where the trace lies.
     """
     base, totals = manifest.base_model, manifest.totals
-    model = base.id if base.revision else PurePath(base.id).name  # a path on somebody's disk is nobody else's business
-    metadata = DatasetCardData(
-        pretty_name=f"Diagonal Fisher information of {model}",
-        tags=["fisher-information", "ewc", "continual-learning", "safetensors", "tabular"],
-        size_categories=["n<1K"],
-        configs=[
-            {"config_name": "summary", "default": True, "data_files": [{"split": "params", "path": "summary/params.parquet"}]}
-        ],
-        base_model=base.id if base.revision else None,
-    ).to_yaml()
-    at = f"revision `{base.revision}`" if base.revision else "a local folder"
+    model = _base_name(manifest)  # a path on somebody's disk is nobody else's business
+    here = repo_id or "path/to/this/folder"
+    revision = f', model_init_kwargs={{"revision": "{base.revision}"}}' if base.revision else ""
+    at = f"[`{base.revision}`]({page(base.id, commit=base.revision)})" if base.revision else "a local folder"
     zeros = totals.zeros / max(1, totals.num_parameters)
-    return f"""---
-{metadata.strip()}
+    text = f"""---
+{front_matter(model, base.id if base.revision else None, licence, _sources(manifest), _lineage(manifest))}
 ---
 
 # Diagonal Fisher information of {model}
@@ -62,10 +73,11 @@ Consolidation uses it to let a model learn something new while the weights that 
 
 | base model | |
 |---|---|
-| model | `{model}` ({base.architecture}), {at} |
+| model | `{model}` ({base.architecture}), {"revision " if base.revision else ""}{at} |
 | weights | sha256 `{base.fingerprint}` over the weight files |
 | tokenizer | {f"sha256 `{base.tokenizer_sha256}`" if base.tokenizer_sha256 else "not recorded"} |
 | parameters | {totals.num_parameters:,} in {len(manifest.parameters)} tensors |
+| this Fisher | sha256 `{manifest.digest}` |
 
 ## What was measured
 
@@ -76,22 +88,31 @@ Consolidation uses it to let a model learn something new while the weights that 
 {chr(10).join(_probe_row(probe) for probe in manifest.probes)}
 {_fold(manifest)}
 Trace {totals.trace:.6g} per scored token; {zeros:.2%} of the values are exactly zero.
-
+{_where(rows, picture)}
 ## Use
 
 ```python
 from hf_ewc import EWCConfig, EWCTrainer
 
-args = EWCConfig("out", ewc_lambda=1.0, fisher="path/to/this/folder")
+args = EWCConfig("out", ewc_lambda=1.0, fisher="{here}"{revision})
 trainer = EWCTrainer("{model}", args, train_dataset=corpus)
 trainer.train()
 ```
 
-`datasets.load_dataset("path/to/this/folder")` gives the summary, one row per tensor (F per scored token; quantiles of
+`datasets.load_dataset("{here}")` gives the summary, one row per tensor (F per scored token; quantiles of
 tensors above 4 M entries are those of a random sample). The values themselves lie in the safetensors files, codec
-`{manifest.storage.codec}`, under the names of `named_parameters()`. `FisherInformation.from_pretrained` checks the files,
-the trainer that they belong to its base model and tokenizer.
+`{manifest.storage.codec}`, under the names of `named_parameters()`. `FisherInformation.from_pretrained("{here}")` checks the
+files, the trainer that they belong to its base model and tokenizer.
 {_codec(manifest)}
+{LIMITS}
+## Licence
+
+{licence_text(base.id if base.revision else None, licence)}
+"""
+    return scrubbed(text)
+
+
+LIMITS = """\
 ## Limits
 
 - It belongs to exactly these base weights and this tokenizer. Any other model is refused, a fine-tuned or
@@ -99,11 +120,88 @@ the trainer that they belong to its base model and tokenizer.
 - It keeps what was probed for. What the probe does not touch is free to be forgotten.
 - It is a diagonal, local approximation: the further the weights move, the less it says.
 - These are not weights: no model can be loaded from this repository.
-
-## Licence
-
-Derived from the base model and subject to its terms; see the base model's own page.
 """
+
+
+def front_matter(
+    model: str, base_id: str | None, licence: Licence | None, sources: list[str], lineage: list[dict[str, Any]]
+) -> str:
+    """The YAML at the head of a Fisher's card, without its fences."""
+    terms = {key: getattr(licence, key) for key in ("license", "license_name", "license_link")} if licence else {}
+    data = DatasetCardData(
+        **terms,
+        pretty_name=f"Diagonal Fisher information of {model}",
+        tags=["fisher-information", "ewc", "continual-learning", "safetensors", "tabular"],
+        source_datasets=sources or None,
+        size_categories=["n<1K"],
+        configs=[
+            {"config_name": "summary", "default": True, "data_files": [{"split": "params", "path": "summary/params.parquet"}]}
+        ],
+        base_model=base_id,
+        lineage=lineage,
+    )
+    return data.to_yaml().strip()
+
+
+def licence_text(base_id: str | None, licence: Licence | None) -> str:
+    """The card's sentence on the terms, which are those of the base model."""
+    if base_id is None or licence is None:
+        return "Derived from the base model and subject to its terms; see the base model's own page."
+    name = f"`{licence.license}`" if licence.license else "Not stated on the base model's page; whatever holds there holds here"
+    if licence.license_link:
+        name += f" ([{licence.license_name or 'terms'}]({licence.license_link}))"
+    text = f"{name}, inherited from the base model [{base_id}]({page(base_id)})."
+    if licence.gated:
+        text += " The base model is gated: accept its terms on its page before you use what is derived from it."
+    return text
+
+
+def hub_dataset(name: str | None, revision: str | None) -> bool:
+    """Whether a recorded `dataset` is an id on the Hub: of its form, and pinned to a commit or without a file's extension."""
+    return name is not None and is_repo_id(name) and bool(revision or not PurePath(name).suffix)
+
+
+def last_part(name: str) -> str:
+    """Of a path on somebody's disk, the last component, which is all that a card shows of it."""
+    return re.split(r"[\\/]", name.rstrip("\\/"))[-1]
+
+
+def _base_name(manifest: Manifest) -> str:
+    return manifest.base_model.id if manifest.base_model.revision else last_part(manifest.base_model.id)
+
+
+def _sources(manifest: Manifest) -> list[str]:
+    """Datasets on the Hub that were probed: those of which a commit was recorded."""
+    names = [probe.dataset for probe in manifest.probes if probe.dataset and probe.revision and is_repo_id(probe.dataset)]
+    return list(dict.fromkeys(names))
+
+
+def _lineage(manifest: Manifest) -> list[dict[str, Any]]:
+    base = manifest.base_model
+    links: list[dict[str, Any]] = [
+        {"what": "base model", "id": _base_name(manifest), "revision": base.revision, "sha256": base.fingerprint}
+    ]
+    for probe in manifest.probes:
+        name = probe.dataset and (probe.dataset if hub_dataset(probe.dataset, probe.revision) else last_part(probe.dataset))
+        links.append(
+            {"what": "probe", "id": name, "config": probe.config, "split": probe.split, "revision": probe.revision}
+            | {"ids_sha256": probe.ids_sha256}
+        )
+    for pair in manifest.fold.pairs if manifest.fold else []:
+        links.append({"what": "Fisher", "sha256": pair.fisher_sha256, "coefficient": pair.coefficient})
+    return [{key: value for key, value in link.items() if value is not None} for link in links]
+
+
+def _where(rows: Sequence[Mapping[str, Any]] | None, picture: bool) -> str:
+    """The section on where the trace lies; empty without rows and picture."""
+    parts = []
+    if picture:
+        parts.append("![Share of the trace of each layer, by kind of tensor](trace.png)\n")
+    if rows:
+        from .picture import trace_table  # brings matplotlib, which most cards are written without
+
+        parts.append(f"Once by kind of tensor, once by depth:\n\n{trace_table(rows)}\n")
+    return "\n" + "\n".join(["## Where the trace lies\n", *parts]) if parts else ""
 
 
 def _codec(manifest: Manifest) -> str:
@@ -124,7 +222,7 @@ def _fold(manifest: Manifest) -> str:
         return ""
     rows = []
     for pair in fold.pairs:
-        name = f"{pair.base_id}@{pair.base_revision[:7]}" if pair.base_revision else PurePath(pair.base_id).name
+        name = f"{pair.base_id}@{pair.base_revision[:7]}" if pair.base_revision else last_part(pair.base_id)
         numbers = f"{pair.coefficient:.6g} | {pair.trace:.6g}"
         rows.append(f"| `{pair.fisher_sha256[:12]}` | `{name}` | `{pair.base_sha256[:12]}` | {numbers} |")
     anchor = (
@@ -187,10 +285,8 @@ def _reduction(manifest: Manifest) -> str:
 
 def _probe_row(probe: ProbeRecord) -> str:
     target = _TARGETS.get(probe.kind, "")
-    # A path on somebody's disk is told apart from a Hub id by its being absolute or having an extension.
     name = probe.dataset or "in memory"
-    path = PurePath(name)
-    shown = path.name if path.is_absolute() or path.suffix or len(path.parts) > 2 else name
+    shown = name if not probe.dataset or hub_dataset(name, probe.revision) else last_part(name)
     data = " · ".join(part for part in (shown, probe.config, probe.split, probe.revision and probe.revision[:7]) if part)
     numbers = f"{probe.examples:,} | {probe.scored_tokens:,} | {probe.dropped:,} | {probe.weight:.3g}"
     kind = f"{probe.kind}:{probe.task}" if probe.task else probe.kind

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import pyarrow.parquet as pq
 from torch import Tensor
 
+from ..errors import FisherFormatError
+from ..hub import Pushed, PushPlan
 from . import fit
 from .anchor import AnchorTensors, FoldedAnchor, anchor_files
 from .base import BaseModel
+from .card import render_card
 from .codec import CODECS
-from .files import Index, Reader, reader_of
+from .files import Index, Reader, reader_of, replaced_folder
 from .fold import folded
-from .locate import locate
+from .locate import Place, locate, pinned
 from .manifest import EstimatorRecord, Manifest, ProbeRecord, digest_of
 from .memory import described, with_totals
 from .mix import mixture
-from .verify import open_verified
+from .push import push_folder
+from .streamed import open_streamed
+from .verify import CARD, INDEX, MANIFEST, SUMMARY, open_verified
 from .write import write_folder
 
 
@@ -44,13 +52,16 @@ class FisherInformation:
 
     Attributes:
         manifest ([`Manifest`]): base model, probes, estimator, storage, totals.
-        source (`str`): folder it was loaded from, or `"<memory>"`.
+        source (`str`): folder or Hub id that it was loaded from, or `"<memory>"`.
+        place ([`Place`], *optional*): the folder and, for one from the Hub, the repository and its commit; `None` for one that
+            is in memory only.
         parts (`list[FisherInformation]`): what it was folded from, oldest first, if that was done in this process.
     """
 
     def __init__(self, manifest: Manifest, read: Reader, source: str, anchor: Reader | None = None) -> None:
         self.manifest, self.source, self._read, self._anchor = manifest, source, read, anchor
         self.parts: list[FisherInformation] = []
+        self.place: Place | None = None
 
     @classmethod
     def from_tensors(
@@ -79,23 +90,63 @@ class FisherInformation:
         return cls(with_totals(manifest, reader_of(held)), reader_of(held), "<memory>")
 
     @classmethod
-    def from_pretrained(cls, folder_or_id: str | os.PathLike[str], revision: str | None = None) -> FisherInformation:
+    def from_pretrained(
+        cls,
+        folder_or_id: str | os.PathLike[str],
+        revision: str | None = None,
+        *,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        streaming: bool = False,
+    ) -> FisherInformation:
         """
-        Open a folder that [`FisherInformation.save_pretrained`] wrote, after checking all of it.
+        Open a Fisher from a folder or from the Hub, after checking all of it.
 
         Args:
-            folder_or_id (`str` or `PathLike`): the folder. Hub ids come with a later version.
-            revision (`str`, *optional*): for Hub ids.
+            folder_or_id (`str` or `PathLike`): a folder that [`FisherInformation.save_pretrained`] wrote, or a dataset
+                repository on the Hub: `"user/name"` or `"user/name@revision"`.
+            revision (`str`, *optional*): branch, tag or commit on the Hub. It is pinned to a commit before anything is read.
+            token (`str` or `bool`, *optional*): for the Hub; the stored one by default.
+            cache_dir (`PathLike`, *optional*): of the Hub's client.
+            streaming (`bool`, *optional*, defaults to `False`): leave the values on the Hub, and read by HTTP ranges what
+                [`FisherInformation.read`] asks for: a process that needs a slice transfers a slice, and no disk is used. The
+                files' hashes are compared with the Hub's own record of them, the values are checked as they come.
 
         Raises:
             [`FisherFormatError`]: when anything in it is damaged, missing, edited, or of a newer format.
-            [`EWCError`]: when there is no such folder.
+            [`EWCError`], [`HubError`]: when there is no such folder and no such repository, or no access.
         """
         source = os.fspath(folder_or_id)
-        folder = locate(source, revision)
-        manifest, files = open_verified(folder, source)
-        codec, anchor = CODECS[manifest.storage.codec], anchor_files(folder, manifest)
-        return cls(manifest, lambda name, index: codec.decode(name, files.read, index), source, anchor.read if anchor else None)
+        if streaming and not Path(source).expanduser().is_dir():
+            return cls._streamed(source, revision, token, cache_dir)
+        place = locate(source, revision, token, None if cache_dir is None else Path(cache_dir))
+        assert place.folder is not None
+        try:
+            manifest, files = open_verified(place.folder, place.label)
+        except FisherFormatError as error:
+            if place.repo_id is None:
+                raise
+            raise FisherFormatError(
+                f"{error}\nIt is the copy of {place.label} in the Hub's cache. Delete that and run the same command again: "
+                f"`hf cache rm dataset/{place.repo_id}` (repositories with the same file share one copy: delete those, too). "
+                "If it is damaged then, too, it is so on the Hub."
+            ) from None
+        codec, anchor = CODECS[manifest.storage.codec], anchor_files(place.folder, manifest)
+        fisher = cls(
+            manifest, lambda name, index: codec.decode(name, files.read, index), source, anchor.read if anchor else None
+        )
+        fisher.place = place
+        return fisher
+
+    @classmethod
+    def _streamed(
+        cls, source: str, revision: str | None, token: str | bool | None, cache_dir: str | os.PathLike[str] | None
+    ) -> FisherInformation:
+        repo_id, commit = pinned(source, revision, token, None if cache_dir is None else Path(cache_dir))
+        manifest, read, anchor = open_streamed(repo_id, commit, token)
+        fisher = cls(manifest, read, source, anchor)
+        fisher.place = Place(None, repo_id, commit)
+        return fisher
 
     @classmethod
     def mix(cls, fishers: Sequence[FisherInformation], weights: Sequence[float] | None = None) -> FisherInformation:
@@ -292,4 +343,63 @@ class FisherInformation:
         """
         target = Path(folder).expanduser()
         write_folder(self.manifest, self._read, target, codec, max_shard_size, overwrite, self._anchor)
+        return target
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        revision: str | None = None,
+        tag: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        token: str | bool | None = None,
+        dry_run: bool = False,
+    ) -> Pushed | PushPlan:
+        """
+        Publish the artifact as a dataset repository: files, card and a picture, in one commit. Who pulls meanwhile gets the
+        whole old state or the whole new one. Broken off, it is repeated with the same call; what the Hub has is not sent again,
+        and where all of it is there, no commit is made.
+
+        A Fisher that is in memory only is first saved to a temporary folder, as [`FisherInformation.save_pretrained`] does it
+        by default.
+
+        Args:
+            repo_id (`str`): `"user/name"`.
+            private (`bool`, *optional*, defaults to `True`): of a repository that is created by this. One that exists stays as
+                it is.
+            revision (`str`, *optional*): branch to push to; made from `main` if it is new.
+            tag (`str`, *optional*): for the commit, such as `"v1"`.
+            commit_message (`str`, *optional*)
+            create_pr (`bool`, *optional*, defaults to `False`): open a pull request instead.
+            token (`str` or `bool`, *optional*): the stored one by default.
+            dry_run (`bool`, *optional*, defaults to `False`): send nothing, and return the [`PushPlan`].
+
+        Returns:
+            [`Pushed`]: with the `commit` by which others pin it, and its `url`.
+
+        Raises:
+            [`HubError`]: no access, a tag that is taken, somebody pushed in between, a repository of something else.
+            [`FisherFormatError`]: the files were damaged since they were written.
+        """
+        options: dict[str, Any] = dict(revision=revision, message=commit_message, token=token, dry_run=dry_run)
+        if not dry_run:
+            options |= dict(private=private, tag=tag, create_pr=create_pr)
+        if self.place is not None and self.place.folder is not None:
+            return push_folder(self.place.folder, repo_id, **options)
+        with TemporaryDirectory(prefix="hf-ewc-") as scratch:
+            return push_folder(self.save_pretrained(Path(scratch) / "fisher"), repo_id, **options)
+
+    def copy_to(self, folder: str | os.PathLike[str]) -> Path:
+        """Copy the stored files as they are, bit by bit, to a new or empty folder; all of it appears at once or not at all."""
+        if self.place is None or self.place.folder is None:
+            return self.save_pretrained(folder)
+        target = Path(folder).expanduser()
+        with replaced_folder(target) as fresh:
+            for name in (MANIFEST, INDEX, SUMMARY, *self.manifest.files):
+                (fresh / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(self.place.folder / name, fresh / name)
+            rows = pq.read_table(fresh / SUMMARY).to_pylist()
+            (fresh / CARD).write_text(render_card(self.manifest, rows=rows), encoding="utf-8")
         return target

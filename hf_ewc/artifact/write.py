@@ -68,7 +68,7 @@ def _write(manifest: Manifest, read: Reader, folder: Path, codec: Codec, limit: 
     write_summary(rows, folder / SUMMARY)
     for name, text in (
         (INDEX, json.dumps(index, indent=2, ensure_ascii=False) + "\n"),
-        (CARD, render_card(manifest)),
+        (CARD, render_card(manifest, rows=rows)),
         (MANIFEST, manifest.to_json()),
     ):
         (folder / name).write_text(text, encoding="utf-8")

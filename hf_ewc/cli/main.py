@@ -1,6 +1,7 @@
 """The command `hf-ewc`: finds the subcommand, runs it, and turns what goes wrong into one message and an exit code.
 
-Exit codes: 0 done · 1 the machine failed (full disk) · 2 a setting, a file or the Fisher is wrong · 130 interrupted.
+Exit codes: 0 done · 1 the machine or the Hub failed (full disk, no network) · 2 a setting, a file or the Fisher is wrong ·
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from .. import __version__
-from ..errors import EWCError
+from ..errors import EWCError, HubUnavailableError
 
 COMMANDS = {
     "demo": "see it work in under three minutes, on this machine, without network",
@@ -25,6 +26,9 @@ COMMANDS = {
     "train": "teach the model something new while those weights hold",
     "evaluate": "what was learned, what was forgotten",
     "sweep": "train and evaluate for several λ, with a table, a picture and a report",
+    "push": "publish a Fisher, a model, or a whole release on the Hub",
+    "pull": "fetch a Fisher from the Hub in advance",
+    "card": "the page of a model or a Fisher, checked against its data; and where it comes from",
     "bench": "measure on this machine what the README claims",
     "env": "versions, devices and settings, for bug reports",
 }
@@ -34,10 +38,17 @@ SUBCOMMANDS = {
     "fisher convert": "store a Fisher with another codec, and see what that costs",
     "fisher fold": "several Fishers with their anchors become one",
     "fisher import": "make a Fisher from the Adam state of a checkpoint, as an approximation",
+    "push fisher": "a Fisher as a dataset repository",
+    "push checkpoint": "an adapted model with its card",
+    "push release": "Fisher, model and collection, visible together or not at all",
+    "pull fisher": "into the cache or a folder, checked",
 }
 
 # How an interrupted run goes on. The others start again quickly.
-CONTINUE = {"fisher": " --resume", "train": " --resume", "sweep": "", "demo": " --resume"}
+CONTINUE = {
+    **{"fisher": " --resume", "train": " --resume", "sweep": "", "demo": " --resume"},
+    **dict.fromkeys(("push fisher", "push checkpoint", "push release", "pull fisher"), ""),
+}
 
 HELP = f"""\
 hf-ewc {__version__}: continue to pretrain all weights of a language model without losing what it knew.
@@ -95,7 +106,7 @@ def guarded(name: str, run: Callable[[list[str]], int], argv: list[str]) -> int:
         return run(argv)
     except EWCError as error:
         print(f"hf-ewc {name}: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, HubUnavailableError) else 2
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         if name in CONTINUE:
@@ -137,7 +148,7 @@ def end_process(code: int) -> NoReturn:
     One of gloo's threads may free a tensor after the work that it was for, and needs the interpreter's lock for that. If the
     interpreter is being torn down by then, Python ends that thread inside a C++ destructor and the process aborts
     ("terminate called without an active exception", exit code −6) although all is done: seen in one of some hundred runs; the
-    same as https://github.com/pytorch/pytorch/pull/179291. So what is to be done at exit is done here, and nothing is torn down.
+    same as https://github.com/pytorch/pytorch/pull/179291. So what is to be done at exit is done here, and no more.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -74,6 +75,16 @@ class TrainScript:
         args.model_init_kwargs = {**{k: v for k, v in wanted.items() if v is not None}, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
         return args
 
+    def data(self) -> dict[str, Any]:
+        """What is trained on, for the record: a file by its name, a dataset on the Hub by its commit."""
+        if Path(self.dataset).exists():
+            return {"dataset": Path(self.dataset).name}
+        from ..data import resolve_dataset_revision
+
+        self.dataset_revision = resolve_dataset_revision(self.dataset, self.dataset_revision)
+        source = {"config": self.dataset_config, "split": self.dataset_split or "train", "revision": self.dataset_revision}
+        return {"dataset": self.dataset, **source}
+
     def rows(self, args: EWCConfig) -> Dataset | IterableDataset:
         from ..data import load_rows
 
@@ -136,7 +147,9 @@ def run(argv: list[str]) -> int:
         claim(out, marks, MODEL_FILES, resume=script.resume, overwrite=script.overwrite)
     state.wait_for_everyone()
     say(f"{base.label}: {base.num_parameters:,} parameters, {state.num_processes} process(es), λ = {args.ewc_lambda:g}")
-    log = train_model(script.model, args, script.rows(args), fisher=fisher, resume=script.resume, progress=say)
+    data = script.data()  # first, as it pins the dataset's revision
+    rows = script.rows(args)
+    log = train_model(script.model, args, rows, fisher=fisher, data=data, resume=script.resume, progress=say)
     say(summary(script.model, args, log))
     return 0
 

@@ -29,12 +29,14 @@ class EWCConfig(SFTConfig):
         ewc_lambda (`float`, *optional*, defaults to `1.0`):
             Strength λ ≥ 0. 0 is exactly `SFTTrainer`. Raise it to keep more, lower it to learn more.
         fisher (`str` or `list[str]`, *optional*):
-            Folder (or, later, Hub dataset repo) written by [`FisherInformation.save_pretrained`]. Required when λ > 0. Several
-            of them, oldest task first, protect all of these tasks: each pulls to the base that it was measured at, and training
-            goes on from the base of the last. They are folded into one, exactly ([`FisherInformation.fold`]); with large models
-            and several runs, do that once with `hf-ewc fisher fold`.
+            Folder written by [`FisherInformation.save_pretrained`], or dataset repository on the Hub (`user/name`, or
+            `user/name@revision`). Required when λ > 0. Several of them, oldest task first, protect all of these tasks: each
+            pulls to the base that it was measured at, and training goes on from the base of the last. They are folded into one,
+            exactly ([`FisherInformation.fold`]); with large models and several runs, do that once with `hf-ewc fisher fold`.
         fisher_revision (`str`, *optional*):
             Branch, tag or commit of the Fisher on the Hub; for a single one only.
+        fisher_streaming (`bool`, *optional*, defaults to `False`):
+            Read a Fisher of the Hub straight into memory, by HTTP ranges and without the disk. Each process reads for itself.
         fisher_decay (`float`, *optional*, defaults to `1.0`):
             γ in (0, 1]: each Fisher of a list is multiplied by it once per later one, so that old tasks fade.
         ewc_mode (`str`, *optional*, defaults to `"proximal"`):
@@ -67,6 +69,7 @@ class EWCConfig(SFTConfig):
         default=None, metadata={"help": "Folder or Hub dataset repo of the Fisher; or several, oldest first."}
     )
     fisher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the Fisher."})
+    fisher_streaming: bool = field(default=False, metadata={"help": "Read the Fisher from the Hub without the disk."})
     fisher_decay: float = field(default=1.0, metadata={"help": "Weakens each Fisher of a list once per later one."})
     ewc_mode: str = field(default="proximal", metadata={"help": "Where the penalty acts.", "choices": list(MODES)})
     anchor: str | None = field(default=None, metadata={"help": "Model id or folder of θ*; default: the base model."})
@@ -126,8 +129,8 @@ def _fisher_problems(fisher: Any, revision: str | None, decay: float) -> list[st
         found += [f"`fisher` names '{name}' twice, and its penalty would count twice. Remove one." for name in twice]
         if revision is not None:
             found.append(
-                f"`fisher_revision: {revision}` belongs to a single Fisher, and `fisher` names {several}. Download the one "
-                "that is meant (`hf download REPO --repo-type dataset --revision …`), and name its folder."
+                f"`fisher_revision: {revision}` belongs to a single Fisher, and `fisher` names {several}. Write the "
+                "revision behind the one that it belongs to: `USER/NAME@REVISION`."
             )
     if not 0 < decay <= 1:
         found.append(

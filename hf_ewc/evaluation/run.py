@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import EvaluationConfig
-from ..data import check_text, load_rows
+from ..data import check_text, load_rows, resolve_dataset_revision
 from ..errors import ConfigError, DataError
 from .perplexity import choose_window, score_texts
 from .questions import load_questions, score_questions
@@ -38,7 +38,8 @@ def evaluate_model(
     Returns:
         `dict`, ready for JSON:
         `texts` {name: {`bits_per_byte`, `token_perplexity`, `nats_per_token`, `documents`, `tokens`, `bytes`}},
-        `questions` {name: {`accuracy`, `stderr`, `chance`, `n`}},
+        `questions` {name: {`accuracy`, `stderr`, `chance`, `n`; of a dataset on the Hub also `dataset`, `dataset_revision`,
+        `split`, `limit`}},
         `samples` {`texts` {name: {`nats`, `bytes`} per document}, `questions` {name: 0 or 1 per question}} for paired tests,
         `model` {`name`, `revision`, `architecture`, `parameters`, `dtype`, `window`}.
 
@@ -85,6 +86,7 @@ def evaluate_model(
             "stderr": answers.stderr,
             "chance": answers.chance,
             "n": len(answers.correct),
+            **_origin(file, config),
         }
         metrics["samples"]["questions"][subject] = answers.correct
     metrics["model"] = {
@@ -96,6 +98,14 @@ def evaluate_model(
         "window": window,
     }
     return metrics
+
+
+def _origin(dataset: str, config: EvaluationConfig) -> dict[str, Any]:
+    """Which dataset on the Hub a question set is, at which commit, and whether all of it was asked; nothing of a local file."""
+    if Path(dataset).exists():
+        return {}
+    commit = resolve_dataset_revision(dataset, None)
+    return {"dataset": dataset, "dataset_revision": commit, "split": config.split, "limit": config.max_documents}
 
 
 def _load_texts(file: str, config: EvaluationConfig) -> list[str]:

@@ -32,7 +32,7 @@ from .training import Progress, Rows, check_fisher, train_model
 
 # Training arguments that may change between the start and the end of a sweep without changing what is measured.
 _FREE = re.compile(
-    "output_dir|fisher(_decay)?|run_name|project|disable_tqdm|report_to|ddp_timeout|push_to_hub|(log|save_|hub_|dataloader_|trackio_).*"
+    "output_dir|fisher(_decay|_streaming)?|run_name|project|disable_tqdm|report_to|ddp_timeout|push_to_hub|(log|save_|hub_|dataloader_|trackio_).*"
 )
 _SHOWN = re.compile(
     "learning_rate|lr_scheduler_type|warmup_steps|max_steps|num_train_epochs|per_device_train_batch_size|"

@@ -37,7 +37,7 @@ def check_fisher(model: str, args: EWCConfig) -> tuple[BaseModel, FisherInformat
     if args.ewc_lambda == 0 or args.fisher is None:
         return base, None
     anchor = base if args.anchor is None else BaseModel.resolve(args.anchor, args.anchor_revision)
-    fisher = load_fisher(args.fisher, args.fisher_revision, args.fisher_decay, anchor)
+    fisher = load_fisher(args.fisher, args.fisher_revision, args.fisher_decay, anchor, args.fisher_streaming)
     fisher.check_base(anchor)
     return base, fisher
 
@@ -48,6 +48,7 @@ def train_model(
     train_dataset: Rows,
     *,
     fisher: FisherInformation | None = None,
+    data: dict[str, Any] | None = None,
     resume: bool = False,
     progress: Progress = print,
 ) -> dict:
@@ -59,6 +60,7 @@ def train_model(
         args ([`EWCConfig`]): all settings; the model goes to `args.output_dir`.
         train_dataset (`Dataset` or `IterableDataset`): what the model is to learn.
         fisher ([`FisherInformation`], *optional*): what [`check_fisher`] returned, so that it is not read and checked again.
+        data (`dict`, *optional*): what `train_dataset` is, for the record.
 
     Returns:
         `dict`: `steps`, `train_loss` (mean over the run), and the last logged `loss` and `ewc/*`.
@@ -72,7 +74,7 @@ def train_model(
             f"resuming from {checkpoint.name}" if checkpoint else "no complete checkpoint yet: starting from the base model"
         )
     set_seed(args.seed)
-    trainer = EWCTrainer(model, args, train_dataset=train_dataset, fisher=fisher)
+    trainer = EWCTrainer(model, args, train_dataset=train_dataset, fisher=fisher, train_data=data)
     trainer.remove_callback(PrinterCallback)  # with `disable_tqdm`, it prints each log as a raw dict
     trainer.add_callback(ProgressLines(progress))
     if checkpoint is not None:

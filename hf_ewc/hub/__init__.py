@@ -5,23 +5,30 @@ Everything goes through `huggingface_hub`: `HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME` 
 
 from __future__ import annotations
 
+from .patience import patiently
 from .problems import is_repo_id, plain_errors, scrubbed
-from .pull import Licence, fetch, fetch_file, licence_of, page, pin
+from .pull import Licence, account, client, fetch, fetch_file, licence_of, page, pin
 from .push import Pushed, PushPlan, plan_push, push_files, set_visibility
+from .ranges import RemoteFile, remote_files
 
 __all__ = [
     "Licence",
     "PushPlan",
     "Pushed",
+    "RemoteFile",
+    "account",
+    "client",
     "fetch",
     "fetch_file",
     "is_repo_id",
     "licence_of",
     "page",
+    "patiently",
     "pin",
     "plain_errors",
     "plan_push",
     "push_files",
+    "remote_files",
     "scrubbed",
     "set_visibility",
 ]

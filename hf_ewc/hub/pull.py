@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
 from .. import __version__
+from ..errors import HubError, HubUnavailableError
+from .patience import patiently
 from .problems import plain_errors
+
+logger = logging.getLogger(__name__)
 
 Token = str | bool | None
 
@@ -50,8 +56,8 @@ def pin(
         [`HubError`]: no such repository or revision, or no access.
     """
     with plain_errors("find", repo_id, repo_type, revision):
-        found = client(token).resolve_revision(repo_id, repo_type=repo_type, revision=revision, cache_dir=cache_dir)
-        return found.resolved
+        resolve = partial(client(token).resolve_revision, repo_id, repo_type=repo_type, revision=revision, cache_dir=cache_dir)
+        return patiently(resolve).resolved
 
 
 def fetch(
@@ -90,9 +96,24 @@ def fetch_file(
 
 
 def licence_of(repo_id: str, revision: str | None = None, token: Token = None) -> Licence:
-    """The terms that a derivative of this model inherits, from its card on the Hub."""
-    with plain_errors("read the licence", repo_id, "model", revision):
-        info = client(token).model_info(repo_id, revision=revision)
+    """
+    The terms that a derivative of this model inherits, from its card on the Hub. A model that is not to be seen there (another
+    server, gone, no access) has none to read; a warning says so.
+    """
+    try:
+        with plain_errors("read the licence", repo_id, "model", revision):
+            info = patiently(partial(client(token).model_info, repo_id, revision=revision))
+    except HubUnavailableError:
+        raise
+    except HubError as error:
+        logger.warning("The licence stays unknown: %s", error)
+        return Licence()
     card = info.card_data.to_dict() if info.card_data else {}
     said = {key: str(card[key]) for key in ("license", "license_name", "license_link") if card.get(key)}
     return Licence(**said, gated=str(info.gated) if info.gated else None)
+
+
+def account(token: Token = None) -> dict[str, Any]:
+    """Whose token this is: `name`, `orgs`, and what it may do."""
+    with plain_errors("ask whose token this is", constants.ENDPOINT, "server"):
+        return patiently(client(token).whoami)

@@ -13,11 +13,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from ..errors import HubError
+from .patience import patiently
 from .problems import plain_errors
 from .pull import Token, client, page
 
@@ -35,6 +36,7 @@ class PushPlan:
         parent (`str`, *optional*): commit that the plan was made against.
         files, unchanged (`dict[str, int]`): path → bytes, of what is new or different and of what is there already.
         deleted (`list[str]`): files there that go.
+        present (`list[str]`): all files there.
         tags (`dict[str, str]`): tag → commit of the repository.
     """
 
@@ -47,6 +49,7 @@ class PushPlan:
     files: dict[str, int]
     unchanged: dict[str, int]
     deleted: list[str]
+    present: list[str] = field(default_factory=list)
     tags: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -96,27 +99,19 @@ def plan_push(
         revision (`str`, *optional*): branch; a new one starts at `main`.
         delete (`Sequence[str]`, *optional*): patterns of files there that go if they are not among `files`.
     """
-    api = client(token)
     with plain_errors("look at", repo_id, repo_type, revision):
-        try:
-            head: Any = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
-        except RevisionNotFoundError:
-            head = api.repo_info(repo_id, repo_type=repo_type)
-        except RepositoryNotFoundError as error:
-            if error.response.status_code == 401 and "nvalid credentials" in (error.server_message or ""):
-                raise
-            sizes = {path: _size(content) for path, content in files.items()}
-            return PushPlan(repo_id, repo_type, revision, False, None, None, sizes, {}, [])
-        tree = api.list_repo_tree(repo_id, repo_type=repo_type, revision=head.sha, recursive=True)
-        there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-        tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id, repo_type=repo_type).tags}
+        looked = patiently(lambda: _look(client(token), repo_id, repo_type, revision))
+    if looked is None:
+        sizes = {path: _size(content) for path, content in files.items()}
+        return PushPlan(repo_id, repo_type, revision, False, None, None, sizes, {}, [])
+    head, there, tags = looked
     changed: dict[str, int] = {}
     unchanged: dict[str, int] = {}
     for path, content in files.items():
         same = path in there and _same(content, there[path])
         (unchanged if same else changed)[path] = _size(content)
     deleted = [path for path in there if path not in files and any(fnmatch(path, pattern) for pattern in delete)]
-    return PushPlan(repo_id, repo_type, revision, True, head.private, head.sha, changed, unchanged, deleted, tags)
+    return PushPlan(repo_id, repo_type, revision, True, head.private, head.sha, changed, unchanged, deleted, list(there), tags)
 
 
 def push_files(
@@ -132,6 +127,7 @@ def push_files(
     delete: Sequence[str] = (),
     token: Token = None,
     sdk: str | None = None,
+    plan: PushPlan | None = None,
 ) -> Pushed:
     """
     Make a repository hold these files, in one commit; nothing is sent, and no commit made, where it does already.
@@ -144,6 +140,8 @@ def push_files(
         tag (`str`, *optional*): for the commit.
         create_pr (`bool`, *optional*, defaults to `False`): propose the commit instead.
         sdk (`str`, *optional*): of a Space that is created here.
+        plan ([`PushPlan`], *optional*): of the same push, from [`plan_push`], so that what was looked at is what is replaced;
+            `revision` and `delete` are the plan's then.
 
     Returns:
         [`Pushed`].
@@ -151,7 +149,8 @@ def push_files(
     Raises:
         [`HubError`]: no access, a tag that belongs to another commit, somebody pushed in between. Nothing became visible.
     """
-    plan = plan_push(files, repo_id, repo_type, revision=revision, delete=delete, token=token)
+    plan = plan or plan_push(files, repo_id, repo_type, revision=revision, delete=delete, token=token)
+    revision = plan.revision
     if tag is not None and tag in plan.tags and (plan.tags[tag] != plan.parent or not plan.empty):
         raise HubError(
             f"the tag '{tag}' of {repo_type} '{repo_id}' belongs to commit {plan.tags[tag]}, and this push would make another "
@@ -161,34 +160,74 @@ def push_files(
     parent = plan.parent
     with plain_errors("push", repo_id, repo_type, revision):
         if not plan.exists:
-            api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk)
-            parent = api.repo_info(repo_id, repo_type=repo_type).sha
+            patiently(lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk))
+            parent = patiently(lambda: api.repo_info(repo_id, repo_type=repo_type)).sha
         if revision is not None and not create_pr:
-            api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
+            patiently(lambda: api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True))
         if plan.empty:
             commit, url = str(parent), page(repo_id, repo_type, parent)
         else:
-            operations: list[Any] = [CommitOperationAdd(path, _uploadable(files[path])) for path in plan.files]
-            operations += [CommitOperationDelete(path) for path in plan.deleted]
-            info = api.create_commit(
-                repo_id,
-                operations,
-                commit_message=message,
-                repo_type=repo_type,
-                revision=revision,
-                create_pr=create_pr,
-                parent_commit=parent,
-            )
-            commit, url = info.oid, info.pr_url or page(repo_id, repo_type, info.oid)
+            commit, url = _commit(files, plan, parent, message, create_pr, token)
         if tag is not None and plan.tags.get(tag) != commit and not create_pr:
-            api.create_tag(repo_id, tag=tag, revision=commit, repo_type=repo_type)
+            patiently(lambda: api.create_tag(repo_id, tag=tag, revision=commit, repo_type=repo_type, exist_ok=True))
     return Pushed(repo_id, repo_type, commit, url, plan)
+
+
+def _commit(
+    files: Mapping[str, Content], plan: PushPlan, parent: str | None, message: str, create_pr: bool, token: Token
+) -> tuple[str, str]:
+    """
+    One commit on top of `parent`; returns its hash and its page.
+
+    An answer that was lost, or a server that failed after it had made the commit, must not end in a second one or in the
+    message that somebody else was there: before the commit is tried again, the repository is looked at.
+    """
+    tried = False
+
+    def attempt() -> tuple[str, str]:
+        nonlocal tried
+        if tried and not create_pr:
+            now = plan_push(files, plan.repo_id, plan.repo_type, revision=plan.revision, token=token)
+            if now.empty and now.parent is not None:
+                return now.parent, page(plan.repo_id, plan.repo_type, now.parent)
+        tried = True
+        operations: list[Any] = [CommitOperationAdd(path, _uploadable(files[path])) for path in plan.files]
+        operations += [CommitOperationDelete(path) for path in plan.deleted]
+        info = client(token).create_commit(
+            plan.repo_id,
+            operations,
+            commit_message=message,
+            repo_type=plan.repo_type,
+            revision=plan.revision,
+            create_pr=create_pr,
+            parent_commit=parent,
+        )
+        return info.oid, info.pr_url or page(plan.repo_id, plan.repo_type, info.oid)
+
+    return patiently(attempt)
+
+
+def _look(
+    api: HfApi, repo_id: str, repo_type: str, revision: str | None
+) -> tuple[Any, dict[str, RepoFile], dict[str, str]] | None:
+    """The head of a branch (of `main`, if it is new), its files and the repository's tags; `None` if there is no repository."""
+    try:
+        head: Any = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
+    except RevisionNotFoundError:
+        head = api.repo_info(repo_id, repo_type=repo_type)
+    except RepositoryNotFoundError as error:
+        if error.response.status_code == 401 and "nvalid credentials" in (error.server_message or ""):
+            raise
+        return None
+    tree = api.list_repo_tree(repo_id, repo_type=repo_type, revision=head.sha, recursive=True)
+    there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    return head, there, {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id, repo_type=repo_type).tags}
 
 
 def set_visibility(repo_id: str, repo_type: str, private: bool, token: Token = None) -> None:
     """Make a repository private or public."""
     with plain_errors(f"make {'private' if private else 'public'}", repo_id, repo_type):
-        client(token).update_repo_settings(repo_id, repo_type=repo_type, private=private)
+        patiently(lambda: client(token).update_repo_settings(repo_id, repo_type=repo_type, private=private))
 
 
 def _size(content: Content) -> int:

@@ -217,4 +217,5 @@ class EWCController:
 
 
 def _named(fisher: FisherInformation) -> dict[str, Any]:
-    return {"source": fisher.source, "sha256": fisher.sha256}
+    hub = {"repo_id": fisher.place.repo_id, "revision": fisher.place.commit} if fisher.place and fisher.place.repo_id else {}
+    return {"source": fisher.source, "sha256": fisher.sha256, **hub}

@@ -82,7 +82,7 @@ def test_blobs_in_the_cache_are_known_by_their_names_and_not_hashed_again(hub):
     ("model_id", "revision", "part"),
     [
         ("me/unknown", None, "hf download me/unknown"),
-        ("me/tiny", "no-such-branch", "at revision 'no-such-branch'"),
+        ("me/tiny", "no-such-branch", "at 'no-such-branch'"),
         ("./a/b/c", None, "neither a folder on this machine nor an id"),
     ],
 )

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import load_dataset
@@ -15,7 +16,11 @@ from test_artifact_store import T, make_fisher
 from hf_ewc.artifact import ADAM_PATH, BaseModel, FisherInformation, StabilityRecord
 from hf_ewc.artifact import summary as summary_module
 from hf_ewc.artifact.card import render_card
+from hf_ewc.artifact.picture import trace_picture
 from hf_ewc.artifact.summary import describe
+from hf_ewc.hub import Licence
+
+THIRDS, GROUPS = ("layer 0", "layer 1", "outside the layers"), ("attention", "embedding", "mlp", "norm")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +88,8 @@ def test_the_card_says_what_was_measured_of_which_model_and_how_to_use_it(folder
     ):
         assert part in card.text
     assert "## Limits" in card.text
-    assert (folder / "README.md").read_text(encoding="utf-8") == render_card(manifest)
+    rows = pq.read_table(folder / "summary" / "params.parquet").to_pylist()
+    assert (folder / "README.md").read_text(encoding="utf-8") == render_card(manifest, rows=rows)
 
 
 def test_the_card_of_a_hub_model_names_its_commit_and_that_of_a_local_one_no_path(folder):
@@ -93,7 +99,8 @@ def test_the_card_of_a_hub_model_names_its_commit_and_that_of_a_local_one_no_pat
     at_hub = BaseModel.from_dict({**manifest.base_model.to_dict(), "id": "me/tiny", "revision": "4f" * 20})
     manifest.base_model = at_hub
     card = render_card(manifest)
-    assert f"`me/tiny` (Gemma2ForCausalLM), revision `{'4f' * 20}`" in card
+    commit = "4f" * 20
+    assert f"`me/tiny` (Gemma2ForCausalLM), revision [`{commit}`](https://huggingface.co/me/tiny/tree/{commit})" in card
     assert "base_model: me/tiny" in card
 
 
@@ -153,3 +160,54 @@ def test_the_card_of_an_adam_state_calls_itself_an_approximation(manifest):
     card = render_card(replace(manifest, estimator=replace(manifest.estimator, path=ADAM_PATH)))
     assert "This is an APPROXIMATION, not a measurement" in card
     assert "F_i = 1/T" not in card
+
+
+def test_the_card_of_a_repository_names_it_with_its_licence_probe_and_base_commit(manifest):
+    base = BaseModel.from_dict({**manifest.base_model.to_dict(), "id": "me/tiny", "revision": "4f" * 20})
+    probe = replace(manifest.probes[0], dataset="me/probe.v2", revision="77" * 20)
+    at_hub = replace(manifest, base_model=base, probes=[probe])
+    text = render_card(at_hub, repo_id="me/fisher", licence=Licence("gemma", gated="manual"))
+    data = DatasetCard(text).data.to_dict()
+    assert (data["license"], data["base_model"], data["source_datasets"]) == ("gemma", "me/tiny", ["me/probe.v2"])
+    assert data["lineage"] == [
+        {"what": "base model", "id": "me/tiny", "revision": "4f" * 20, "sha256": base.fingerprint},
+        {"what": "probe", "id": "me/probe.v2", "split": "train", "revision": "77" * 20, "ids_sha256": probe.ids_sha256},
+    ]
+    for part in (
+        f"https://huggingface.co/me/tiny/tree/{'4f' * 20}",
+        'fisher="me/fisher"',
+        'load_dataset("me/fisher")',
+        at_hub.digest,
+        "`gemma`, inherited from the base model",
+        "is gated",
+        "| me/probe.v2 · train · 7777777 |",
+    ):
+        assert part in text
+    assert "path/to/this/folder" not in text
+    assert "trace.png" not in text
+    example = text.split("```python\n")[1].split("```")[0]
+    compile(example, "card", "exec")
+    assert len([line for line in example.splitlines() if line]) == 4
+
+
+def test_the_card_shows_where_the_trace_lies(folder, manifest):
+    rows = pq.read_table(folder / "summary/params.parquet").to_pylist()
+    text = render_card(manifest, picture=True, rows=rows)
+    assert "(trace.png)" in text
+    lines = text.split("|:--|--:|--:|--:|\n")[1].split("\n\n")[0].splitlines()
+    share = {line.split(" | ")[0].strip("| "): line.split(" | ")[2] for line in lines}
+    total = sum(row["trace"] for row in rows)
+    mlp = sum(row["trace"] for row in rows if row["group"] == "mlp")
+    assert share["mlp"] == f"{mlp / total:.1%}"
+    assert set(share) == {*THIRDS, *GROUPS}
+    parts = [sum(float(share[name].rstrip("%")) for name in names) for names in (THIRDS, GROUPS)]
+    assert parts == pytest.approx([100, 100], abs=0.3)
+
+
+def test_the_picture_of_the_trace_is_the_same_for_the_same_rows(folder):
+    rows = pq.read_table(folder / "summary/params.parquet").to_pylist()
+    png = trace_picture(rows)
+    assert png[:4] == b"\x89PNG"
+    assert png == trace_picture(rows), "a second push has nothing to send"
+    assert png != trace_picture([{**row, "trace": row["trace"] * (1 + (row["layer"] or 0))} for row in rows])
+    assert trace_picture([{"layer": 0, "group": "mlp", "trace": 0.0, "numel": 4}])[:4] == b"\x89PNG", "a trace of 0"

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hf_ewc.artifact import BaseModel, FisherInformation
 from hf_ewc.artifact.files import sha256_file
 from hf_ewc.artifact.manifest import digest_of
-from hf_ewc.errors import EWCError, FisherFormatError, FisherMismatchError
+from hf_ewc.errors import EWCError, FisherFormatError, FisherMismatchError, HubUnavailableError
 
 SHARDS = ("fisher-00001-of-00002.safetensors", "fisher-00002-of-00002.safetensors")
 NORM = "model.norm.weight"  # the last parameter, in the last shard
@@ -266,9 +266,12 @@ def test_all_problems_of_the_manifest_come_in_one_error(folder):
 # Places
 
 
-def test_a_hub_id_says_how_to_get_it_and_a_wrong_path_that_it_is_wrong(tmp_path):
-    with pytest.raises(EWCError, match=r"snapshot_download\('me/fisher', repo_type=\"dataset\", revision='v1'\)"):
+def test_a_hub_id_says_how_to_get_it_and_a_wrong_path_that_it_is_wrong(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(HubUnavailableError, match=r"no folder 'me/fisher'[\s\S]*hf download me/fisher --repo-type dataset"):
         FisherInformation.from_pretrained("me/fisher", revision="v1")
+    with pytest.raises(EWCError, match="names revision 'v1', and the setting names 'v2'"):
+        FisherInformation.from_pretrained("me/fisher@v1", revision="v2")
     for path in (tmp_path / "nowhere", "nowhere", "./a/b"):
         with pytest.raises(EWCError, match="there is no folder"):
             FisherInformation.from_pretrained(path)

@@ -12,6 +12,7 @@ from hf_ewc.cli.options import parse
 from hf_ewc.cli.sweep import SweepScript
 from hf_ewc.cli.train import TrainScript, parse_training
 from hf_ewc.config import EvaluationConfig, FisherConfig
+from hf_ewc.publish import ReleaseConfig
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 MODELS = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name != "accelerate_configs")
@@ -22,6 +23,8 @@ def test_recipe_parses(path):
     argv = ["--config", str(path)]
     if path.stem.startswith("fisher"):
         parse("fisher", argv, FisherScript, FisherConfig, defaults=beside_output)
+    elif path.stem == "release":
+        parse("push release", argv, ReleaseConfig)
     elif path.stem == "evaluate":
         parse("evaluate", argv, EvaluateScript, EvaluationConfig)
     else:  # `use_cpu`, as transformers refuses `bf16: true` on a machine without GPU
@@ -35,7 +38,8 @@ def test_recipe_folder_is_complete(folder):
     assert readme.startswith("# Hardware:")
     for path in folder.glob("*.yaml"):
         assert path.read_text(encoding="utf-8").startswith("# Hardware:")
-        assert f"hf-ewc {path.stem.partition('-')[0]} --config recipes/{folder.name}/{path.name}" in readme
+        command = "push release" if path.stem == "release" else path.stem.partition("-")[0]
+        assert f"hf-ewc {command} --config recipes/{folder.name}/{path.name}" in readme
 
 
 @pytest.mark.parametrize("folder", sorted({path.parent for path in MODELS}), ids=lambda folder: folder.name)

@@ -1,0 +1,25 @@
+"""`hf-ewc push`: the page that says what can be pushed."""
+
+from __future__ import annotations
+
+import sys
+
+HELP = """\
+Usage: hf-ewc push fisher      --fisher FOLDER --repo_id USER/NAME
+       hf-ewc push checkpoint  --checkpoint FOLDER --repo_id USER/NAME
+       hf-ewc push release     --config FILE.yaml
+
+Publish on the Hub. Every push is one commit: who pulls meanwhile gets the whole old state or the whole new one. A push that
+was broken off goes on when it is repeated, and one that changes nothing makes no commit. New repositories are private;
+--private false makes them public. --dry_run lists files and bytes and sends nothing.
+
+Each has a page of its own:
+  hf-ewc push fisher --help
+
+Log in with `hf auth login`, or set HF_TOKEN. HF_ENDPOINT names another server that speaks the Hub's protocol.
+"""
+
+
+def run(argv: list[str]) -> int:
+    print(HELP, end="", file=sys.stderr)
+    return 2

@@ -1,0 +1,62 @@
+"""`hf-ewc push checkpoint`: an adapted model becomes a model repository on the Hub, with its card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+HELP = """\
+Usage: hf-ewc push checkpoint --checkpoint FOLDER --repo_id USER/NAME [--key value …]
+
+Publish a model that `hf-ewc train` wrote: weights, tokenizer, `ewc_state.json`, and a card that names base, Fisher, data and
+settings and shows what was kept and what was learned. Optimizer state and pickles stay here.
+
+  what          --checkpoint FOLDER
+                --results results.json  (of `hf-ewc evaluate --base … --output` or of a sweep: the card's table)
+                --fisher_repo USER/NAME[@REVISION]  (where its Fisher was published, if it was trained with a local folder)
+  where         --repo_id USER/NAME  --revision BRANCH  --tag v1  --private true|false  (of a new repository; default true)
+  how           --commit_message TEXT  --create_pr  (propose it instead)  --dry_run  (list files and bytes, send nothing)
+
+Examples:
+  hf-ewc push checkpoint --checkpoint runs/tiny-cpu/train --results runs/tiny-cpu/results.json --repo_id me/tiny-lt --dry_run
+"""
+
+
+@dataclass
+class PushCheckpoint:
+    """What `hf-ewc push checkpoint` needs."""
+
+    checkpoint: str = field(metadata={"help": "Folder that `hf-ewc train` wrote."})
+    repo_id: str = field(metadata={"help": "Model repository on the Hub, USER/NAME."})
+    results: str | None = field(default=None, metadata={"help": "results.json with the model's row."})
+    fisher_repo: str | None = field(default=None, metadata={"help": "Dataset repository of its Fisher, USER/NAME[@REVISION]."})
+    revision: str | None = field(default=None, metadata={"help": "Branch; main by default."})
+    tag: str | None = field(default=None, metadata={"help": "Tag for the commit."})
+    private: bool = field(default=True, metadata={"help": "Whether a new repository is private."})
+    commit_message: str | None = field(default=None, metadata={"help": "Message of the commit."})
+    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of a commit."})
+    dry_run: bool = field(default=False, metadata={"help": "List what would be sent."})
+
+
+def run(argv: list[str]) -> int:
+    from .options import parse
+
+    (script,) = parse("push checkpoint", argv, PushCheckpoint)
+
+    from ..hub import Pushed
+    from ..publish import push_checkpoint
+    from .push_fisher import report
+
+    done = push_checkpoint(
+        script.checkpoint,
+        script.repo_id,
+        results=script.results,
+        fisher_repo=script.fisher_repo,
+        private=script.private,
+        revision=script.revision,
+        tag=script.tag,
+        commit_message=script.commit_message,
+        create_pr=script.create_pr,
+        dry_run=script.dry_run,
+    )
+    print(report(done) if isinstance(done, Pushed) else f"{done.text()}\nNothing was sent (--dry_run).")
+    return 0

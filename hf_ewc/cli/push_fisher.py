@@ -1,0 +1,75 @@
+"""`hf-ewc push fisher`: a Fisher folder becomes a dataset repository on the Hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+HELP = """\
+Usage: hf-ewc push fisher --fisher FOLDER --repo_id USER/NAME [--key value …]
+
+Publish a Fisher as a dataset repository: its values, the record of what they were measured on, a table of tensors that the
+Hub's viewer shows, a card, and a picture of where the trace lies.
+
+  what          --fisher FOLDER    (of `hf-ewc fisher`; checked once more before it is sent)
+  where         --repo_id USER/NAME  --revision BRANCH  --tag v1  --private true|false  (of a new repository; default true)
+  how           --commit_message TEXT  --create_pr  (propose it instead)  --dry_run  (list files and bytes, send nothing)
+
+Others use it by its id: hf-ewc train … --fisher USER/NAME --fisher_revision COMMIT
+
+Examples:
+  hf-ewc push fisher --fisher runs/tiny-cpu/fisher --repo_id me/tiny-fisher --dry_run
+  hf-ewc push fisher --fisher runs/tiny-cpu/fisher --repo_id me/tiny-fisher --tag v1
+"""
+
+
+@dataclass
+class PushFisher:
+    """What `hf-ewc push fisher` needs."""
+
+    fisher: str = field(metadata={"help": "Folder that `hf-ewc fisher` wrote."})
+    repo_id: str = field(metadata={"help": "Dataset repository on the Hub, USER/NAME."})
+    revision: str | None = field(default=None, metadata={"help": "Branch; main by default."})
+    tag: str | None = field(default=None, metadata={"help": "Tag for the commit."})
+    private: bool = field(default=True, metadata={"help": "Whether a new repository is private."})
+    commit_message: str | None = field(default=None, metadata={"help": "Message of the commit."})
+    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of a commit."})
+    dry_run: bool = field(default=False, metadata={"help": "List what would be sent."})
+
+
+def run(argv: list[str]) -> int:
+    from .options import parse
+
+    (script,) = parse("push fisher", argv, PushFisher)
+
+    from ..artifact import FisherInformation
+    from ..hub import Pushed
+
+    done = FisherInformation.from_pretrained(script.fisher).push_to_hub(
+        script.repo_id,
+        private=script.private,
+        revision=script.revision,
+        tag=script.tag,
+        commit_message=script.commit_message,
+        create_pr=script.create_pr,
+        dry_run=script.dry_run,
+    )
+    if not isinstance(done, Pushed):
+        print(f"{done.text()}\nNothing was sent (--dry_run).")
+        return 0
+    print(report(done))
+    if not script.create_pr:
+        print(f"Use it: hf-ewc train … --fisher {done.repo_id} --fisher_revision {done.commit}")
+    return 0
+
+
+def report(done: object) -> str:
+    """One push, for a person."""
+    from ..hub import Pushed
+
+    assert isinstance(done, Pushed)
+    if done.plan.empty:
+        return f"Nothing to send: {done.repo_type} {done.repo_id} holds all of it, at commit {done.commit}\n{done.url}"
+    gone = f", deleted {len(done.plan.deleted)}" if done.plan.deleted else ""
+    return (
+        f"Pushed {len(done.plan.files)} files ({done.plan.bytes:,} bytes{gone}) to {done.repo_type} {done.repo_id}\n{done.url}"
+    )
