@@ -8,7 +8,9 @@ import logging
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -213,7 +215,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 def pickles_in(folder: Path) -> list[str]:
     """Names of the files that only unpickling could read."""
-    return sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    return pickles_among(path.name for path in folder.iterdir())
+
+
+def pickles_among(names: Iterable[str]) -> list[str]:
+    """As [`pickles_in`], for names that are not on this machine."""
+    return sorted(name for name in names if any(fnmatch(name, pattern) for pattern in _PICKLES))
 
 
 def _pull(name: str, revision: str | None) -> tuple[Path, str]:

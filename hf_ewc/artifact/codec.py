@@ -69,7 +69,7 @@ class Codec:
 
     def problem(self, name: str, read: Reader) -> str | None:
         """What keeps the stored values of `name` from being a Fisher (finite, ≥ 0), or `None`."""
-        found = range_problem(self.decode(name, read))
+        found = range_problem(read(name, None))  # as stored: bfloat16 holds what float32 would
         return f"{name} {found}" if found else None
 
 

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow.parquet as pq
+from huggingface_hub import constants
 from torch import Tensor
 
 from ..errors import FisherFormatError
@@ -117,7 +118,7 @@ class FisherInformation:
             [`EWCError`], [`HubError`]: when there is no such folder and no such repository, or no access.
         """
         source = os.fspath(folder_or_id)
-        if streaming and not Path(source).expanduser().is_dir():
+        if streaming and not Path(source).expanduser().is_dir() and not constants.is_offline_mode():  # then from the cache
             return cls._streamed(source, revision, token, cache_dir)
         place = locate(source, revision, token, None if cache_dir is None else Path(cache_dir))
         assert place.folder is not None
@@ -142,8 +143,9 @@ class FisherInformation:
     def _streamed(
         cls, source: str, revision: str | None, token: str | bool | None, cache_dir: str | os.PathLike[str] | None
     ) -> FisherInformation:
-        repo_id, commit = pinned(source, revision, token, None if cache_dir is None else Path(cache_dir))
-        manifest, read, anchor = open_streamed(repo_id, commit, token)
+        cache = None if cache_dir is None else Path(cache_dir)
+        repo_id, commit = pinned(source, revision, token, cache)
+        manifest, read, anchor = open_streamed(repo_id, commit, token, cache)
         fisher = cls(manifest, read, source, anchor)
         fisher.place = Place(None, repo_id, commit)
         return fisher

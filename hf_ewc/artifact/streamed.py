@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fnmatch import fnmatch
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -11,13 +10,13 @@ from torch import Tensor
 
 from ..errors import FisherFormatError
 from ..hub import RemoteFile, fetch_file, remote_files
-from .base import _PICKLES
+from .base import pickles_among
 from .codec import CODECS, Codec
 from .files import Index, Reader, TensorFiles
 from .locate import fetch_manifest
 from .manifest import Manifest
 from .remote import RemoteTensors
-from .verify import INDEX, MANIFEST, SHARD, _damaged, _header_problems, _index_problems, _stop
+from .verify import INDEX, SHARD, _damaged, _header_problems, _index_problems, _stop, read_manifest
 
 
 def open_streamed(
@@ -46,10 +45,9 @@ def open_streamed(
     """
     source = f"{repo_id}@{commit[:7]}"
     listed = remote_files(repo_id, "dataset", commit, token)
-    pickles = sorted(name for name in listed if any(fnmatch(name, pattern) for pattern in _PICKLES))
-    _stop(source, [f"{name} is a pickle, which can run any code when it is read" for name in pickles])
+    _stop(source, [f"{name} is a pickle, which can run any code when it is read" for name in pickles_among(listed)])
     path = fetch_manifest(repo_id, commit, token, cache_dir)
-    manifest, codec = _read_manifest(path, source)
+    manifest, codec = read_manifest(path, source)
     _stop(source, _listing_problems(listed, manifest))
     index = fetch_file(repo_id, "dataset", commit, INDEX, token, cache_dir)
     try:
@@ -63,21 +61,6 @@ def open_streamed(
         problems += [f"anchor: {problem}" for problem in _header_problems(manifest, CODECS["float32"], anchor)]
     _stop(source, problems)
     return manifest, _checked(codec, files, source), _finite(anchor, source) if anchor else None
-
-
-def _read_manifest(path: Path, source: str) -> tuple[Manifest, Codec]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise FisherFormatError(f"{MANIFEST} of '{source}' is damaged ({error}). Push it again. Nothing was loaded.") from None
-    manifest = Manifest.from_json(text, source)
-    codec = CODECS.get(manifest.storage.codec)
-    if codec is None:
-        _stop(source, [f"codec '{manifest.storage.codec}' is not one of {', '.join(CODECS)}; a newer hf_ewc may read it"])
-    assert codec is not None
-    if manifest.storage.block != codec.block:
-        _stop(source, [f"storage.block is {manifest.storage.block}, but {codec.name} has {codec.block}"])
-    return manifest, codec
 
 
 def _listing_problems(listed: Mapping[str, RemoteFile], manifest: Manifest) -> list[str]:

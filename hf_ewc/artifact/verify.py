@@ -39,17 +39,7 @@ def open_verified(folder: Path, source: str) -> tuple[Manifest, TensorFiles]:
             f"'{source}' holds no {MANIFEST}, so it is not a Fisher. {hint or 'Estimate one with `hf-ewc fisher …`.'} "
             "Nothing was loaded."
         )
-    try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise FisherFormatError(f"{MANIFEST} of '{source}' is damaged ({error}). Copy it again. Nothing was loaded.") from None
-    manifest = Manifest.from_json(text, source)
-    codec = CODECS.get(manifest.storage.codec)
-    if codec is None:
-        _stop(source, [f"codec '{manifest.storage.codec}' is not one of {', '.join(CODECS)}; a newer hf_ewc may read it"])
-    assert codec is not None
-    if manifest.storage.block != codec.block:
-        _stop(source, [f"storage.block is {manifest.storage.block}, but {codec.name} has {codec.block}"])
+    manifest, codec = read_manifest(folder / MANIFEST, source)
     _stop(source, _file_problems(folder, manifest))
     _stop(source, _hash_problems(folder, manifest))
     try:
@@ -65,6 +55,22 @@ def open_verified(folder: Path, source: str) -> tuple[Manifest, TensorFiles]:
             problems.append(problem)
     _stop(source, problems + anchor_problems(folder, manifest))
     return manifest, files
+
+
+def read_manifest(path: Path, source: str) -> tuple[Manifest, Codec]:
+    """A manifest that makes sense in itself, and the codec that it names."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FisherFormatError(f"{MANIFEST} of '{source}' is damaged ({error}). Copy it again. Nothing was loaded.") from None
+    manifest = Manifest.from_json(text, source)
+    codec = CODECS.get(manifest.storage.codec)
+    if codec is None:
+        _stop(source, [f"codec '{manifest.storage.codec}' is not one of {', '.join(CODECS)}; a newer hf_ewc may read it"])
+    assert codec is not None
+    if manifest.storage.block != codec.block:
+        _stop(source, [f"storage.block is {manifest.storage.block}, but {codec.name} has {codec.block}"])
+    return manifest, codec
 
 
 def _file_problems(folder: Path, manifest: Manifest) -> list[str]:

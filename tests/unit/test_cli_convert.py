@@ -153,7 +153,7 @@ def test_a_killed_conversion_leaves_the_old_state_and_can_be_repeated(stored, co
     before = tree(stored / "bfloat16")
     argv = ["--fisher", str(stored / "float32"), "--codec", "log8", "--output_dir", str(stored / "bfloat16"), "--overwrite"]
     code = "import os; from hf_ewc.artifact import write; from hf_ewc.cli.main import main\n"
-    code += "write.render_card = lambda manifest: os._exit(9)\n"  # all shards are written by then
+    code += "write.render_card = lambda *_, **__: os._exit(9)\n"  # all shards are written by then
     code += f"main({['fisher', 'convert', *argv]!r})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 9
     assert tree(stored / "bfloat16") == before
