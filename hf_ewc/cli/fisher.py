@@ -74,7 +74,7 @@ def run(argv: list[str]) -> int:
     out = Path(script.output_dir)
     partial = Path(config.work_dir or f"{out}.partial")  # `work_dir: null` asks for an estimate that cannot be resumed
     refuse_same_folder(out, model=script.model)
-    processes = Replicas.joined(config.num_processes)
+    processes = Replicas.joined(config.num_processes, config.device)
     begun = any(partial.rglob("estimate.json"))
     if config.resume and (out / "fisher_config.json").is_file() and not (begun and script.overwrite):
         if begun:

@@ -118,6 +118,9 @@ def guarded(name: str, run: Callable[[list[str]], int], argv: list[str]) -> int:
         return 0
     except Exception as error:
         if not is_disk_full(error):
+            if isinstance(error, OSError) and error.filename is not None and error.strerror:
+                print(f"hf-ewc {name}: '{error.filename}' cannot be used: {error.strerror}.", file=sys.stderr)
+                return 1
             raise
         again = f" with `{CONTINUE[name].strip()}`" if CONTINUE.get(name) else ""
         print(

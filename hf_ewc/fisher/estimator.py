@@ -81,7 +81,7 @@ def estimate_fisher(
     """
     config = FisherConfig() if config is None else config
     config.check()
-    processes = Replicas.joined(config.num_processes)
+    processes = Replicas.joined(config.num_processes, config.device)
     # loading a model must not move the random numbers of a later training
     with torch.inference_mode(False), torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
         model, base = model_and_base(model, config, processes)

@@ -24,21 +24,23 @@ class Replicas:
     size: int = 1
 
     @classmethod
-    def joined(cls, expected: int | None = None) -> Replicas:
+    def joined(cls, expected: int | None = None, device: str | None = None) -> Replicas:
         """
         Join the other processes that the launcher started, if it started any.
 
         Args:
             expected (`int`, *optional*): `num_processes` of the configuration.
+            device (`str`, *optional*): where the model will be, if that was chosen: NCCL exchanges no tensors of the CPU.
 
         Raises:
             [`ConfigError`]: another number of processes is there.
         """
         size = check_world(expected)
         if size > 1 and not dist.is_initialized():
-            if torch.cuda.is_available():
+            cuda = torch.cuda.is_available() and (device is None or torch.device(device).type == "cuda")
+            if cuda:
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            dist.init_process_group("nccl" if cuda else "gloo")
             atexit.register(_leave)
         return cls(dist.get_rank(), size) if dist.is_initialized() else cls()
 

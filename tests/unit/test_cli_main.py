@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from hf_ewc.cli.main import COMMANDS, SUBCOMMANDS, guarded, is_disk_full, main
-from hf_ewc.errors import ConfigError
+from hf_ewc.errors import ConfigError, HubError, HubUnavailableError
 
 NAMES = [*COMMANDS, *SUBCOMMANDS]
 
@@ -59,6 +59,17 @@ def test_a_mistake_in_the_input_ends_in_its_message_and_exit_code_2(capsys):
     err = capsys.readouterr().err
     assert "`ewc_lambda` is wrong" in err
     assert "Traceback" not in err
+
+
+def test_a_place_that_cannot_be_written_to_is_named_in_one_line(capsys):
+    assert guarded("train", fails_with(PermissionError(13, "Permission denied", "/root/out")), []) == 1
+    assert capsys.readouterr().err == "hf-ewc train: '/root/out' cannot be used: Permission denied.\n"
+
+
+def test_the_hub_s_refusal_is_a_mistake_and_its_failure_is_not(capsys):
+    assert guarded("push fisher", fails_with(HubError("no access")), []) == 2
+    assert guarded("push fisher", fails_with(HubUnavailableError("no answer")), []) == 1
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_an_interrupt_says_how_to_go_on(capsys):
