@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils import PushInProgress
 from trl import SFTTrainer
 
 from .artifact import FisherInformation
@@ -125,6 +127,40 @@ class EWCTrainer(SFTTrainer):
         training = {name: getattr(self.args, name) for name in RECORDED}
         return {**state, "global_step": self.state.global_step, "data": self.train_data, "training": training}
 
+    def _private(self, private: bool | None = None) -> bool:
+        """Whether a repository that is made by this run is private: yes, unless somebody said no."""
+        return private if private is not None else self.args.hub_private_repo is not False
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        super().init_hf_repo(token, self._private(private))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """
+        `hub_strategy: every_save`, as the parent does it; but in one commit, with the card and `ewc_state.json`, and without
+        `training_args.bin`, a pickle that holds the token.
+        """
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        from .publish import push_checkpoint
+
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if busy:
+            self._finish_current_push()
+        job = push_checkpoint(
+            checkpoint_folder,
+            str(self.hub_model_id),
+            private=self._private(),
+            revision=self.args.hub_revision,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+            token=self.args.hub_token,
+            run_as_future=True,
+        )
+        job.add_done_callback(_warn_of_failure)
+        self.push_in_progress: Any = PushInProgress([job])  # type: ignore[arg-type]
+
     def create_model_card(  # type: ignore[override]  # as TRL's
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
     ) -> None:
@@ -158,7 +194,9 @@ class EWCTrainer(SFTTrainer):
         pickles, and with the record of its Fisher and anchor.
 
         Args:
-            commit_message (`str`), token (`str`), revision (`str`), private (`bool`): as in the parent.
+            commit_message (`str`), token (`str`), revision (`str`): as in the parent.
+            private (`bool`, *optional*): of a repository that is made by this; `hub_private_repo` by default, and where that is
+                not set, yes.
             blocking (`bool`, *optional*, defaults to `True`): wait for the end.
             results (`str` or `Path`, *optional*): `results.json` of an evaluation, for the card's table.
             tag (`str`, *optional*): for the commit.
@@ -185,7 +223,7 @@ class EWCTrainer(SFTTrainer):
         return push_checkpoint(
             output_folder(self.args),
             name,
-            private=bool(private if private is not None else self.args.hub_private_repo),
+            private=self._private(private),
             revision=revision or self.args.hub_revision,
             tag=tag,
             results=results,
@@ -193,6 +231,12 @@ class EWCTrainer(SFTTrainer):
             token=token,
             run_as_future=not blocking,
         )
+
+
+def _warn_of_failure(push: Future) -> None:
+    """A push in the background that failed must not go unnoticed, nor end the training."""
+    if (error := push.exception()) is not None:
+        logger.warning("This checkpoint was not pushed; training goes on. %s", error)
 
 
 def _make_callback(model: str | PreTrainedModel, args: EWCConfig, fisher: FisherInformation | None) -> EWCCallback | None:

@@ -215,7 +215,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def pickles_in(folder: Path) -> list[str]:
     """Names of the files that only unpickling could read."""
-    return pickles_among(path.name for path in folder.iterdir())
+    return pickles_among(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
 def pickles_among(names: Iterable[str]) -> list[str]:

@@ -162,7 +162,12 @@ def folded(parts: list[FisherInformation], decay: float, bases: Sequence[BaseMod
             "keeps all of them in full; to drop the old ones, leave them out."
         )
     newest = parts[-1]
-    for older in parts[:-1]:
+    for number, older in enumerate(parts[:-1]):
+        if twice := [part for part in parts[number + 1 :] if part.sha256 == older.sha256]:
+            raise ConfigError(
+                f"'{older.source}' and '{twice[0].source}' are the same Fisher (sha256 {older.sha256[:12]}), and its penalty "
+                "would count twice. Remove one of them; to hold more, raise `ewc_lambda`."
+            )
         _check_pair(older, newest)
     coefficients = [float(decay) ** (len(parts) - 1 - k) for k in range(len(parts))]
     manifests = [part.manifest for part in parts]

@@ -73,7 +73,19 @@ def pinned(
     try:
         return repo_id, pin(repo_id, "dataset", revision or suffix or None, token, cache_dir)
     except HubError as error:
+        if "no such repository" in str(error) and _is_model(repo_id, token):
+            raise FisherFormatError(
+                f"'{repo_id}' is a model on the Hub, and a Fisher is a dataset repository. Name the one of its Fisher; the "
+                "card of a model that was trained with hf_ewc links to it."
+            ) from None
         raise type(error)(f"there is no folder '{folder_or_id}' here, so it was looked for on the Hub: {error}") from None
+
+
+def _is_model(repo_id: str, token: str | bool | None) -> bool:
+    try:
+        return bool(pin(repo_id, "model", None, token))
+    except HubError:
+        return False
 
 
 def fetch_manifest(repo_id: str, commit: str, token: str | bool | None = None, cache_dir: str | Path | None = None) -> Path:

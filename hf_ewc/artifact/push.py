@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from ..errors import HubError
-from ..hub import Licence, Pushed, PushPlan, licence_of, plan_push, push_files
+from ..hub import Licence, Pushed, PushPlan, check_tag, licence_of, plan_push, push_files
 from .card import render_card
 from .picture import trace_picture
 from .verify import CARD, INDEX, MANIFEST, SUMMARY, open_verified
@@ -28,6 +28,7 @@ def push_folder(
     message: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    tag: str | None = None,
     dry_run: bool = False,
     **options: Any,
 ) -> Pushed | PushPlan:
@@ -56,7 +57,8 @@ def push_folder(
             f"the dataset '{repo_id}' holds something else than a Fisher ({', '.join(foreign[:5])}), whose card this would "
             "replace. Choose another repository. Nothing was sent."
         )
+    check_tag(plan, tag)
     if dry_run:
         return plan
     message = message or f"Fisher of {base.label} ({manifest.digest[:12]})"
-    return push_files(files, repo_id, "dataset", message=message, token=token, plan=plan, **options)
+    return push_files(files, repo_id, "dataset", message=message, tag=tag, token=token, plan=plan, **options)

@@ -29,7 +29,7 @@ from .mix import mixture
 from .push import push_folder
 from .streamed import open_streamed
 from .verify import CARD, INDEX, MANIFEST, SUMMARY, open_verified
-from .write import write_folder
+from .write import check_target, write_folder
 
 
 class FisherInformation:
@@ -385,19 +385,21 @@ class FisherInformation:
             [`HubError`]: no access, a tag that is taken, somebody pushed in between, a repository of something else.
             [`FisherFormatError`]: the files were damaged since they were written.
         """
-        options: dict[str, Any] = dict(revision=revision, message=commit_message, token=token, dry_run=dry_run)
+        options: dict[str, Any] = dict(revision=revision, message=commit_message, tag=tag, token=token, dry_run=dry_run)
         if not dry_run:
-            options |= dict(private=private, tag=tag, create_pr=create_pr)
+            options |= dict(private=private, create_pr=create_pr)
         if self.place is not None and self.place.folder is not None:
             return push_folder(self.place.folder, repo_id, **options)
+        codec = "bfloat16" if self.place is None else self.manifest.storage.codec  # what is streamed stays as it is
         with TemporaryDirectory(prefix="hf-ewc-") as scratch:
-            return push_folder(self.save_pretrained(Path(scratch) / "fisher"), repo_id, **options)
+            return push_folder(self.save_pretrained(Path(scratch) / "fisher", codec=codec), repo_id, **options)
 
-    def copy_to(self, folder: str | os.PathLike[str]) -> Path:
-        """Copy the stored files as they are, bit by bit, to a new or empty folder; all of it appears at once or not at all."""
+    def copy_to(self, folder: str | os.PathLike[str], overwrite: bool = False) -> Path:
+        """Copy the stored files as they are, bit by bit; all of it appears at once or not at all. See `save_pretrained`."""
         if self.place is None or self.place.folder is None:
-            return self.save_pretrained(folder)
+            return self.save_pretrained(folder, overwrite=overwrite)
         target = Path(folder).expanduser()
+        check_target(target, overwrite)
         with replaced_folder(target) as fresh:
             for name in (MANIFEST, INDEX, SUMMARY, *self.manifest.files):
                 (fresh / name).parent.mkdir(exist_ok=True)

@@ -32,13 +32,14 @@ def open_verified(folder: Path, source: str) -> tuple[Manifest, TensorFiles]:
     Raises:
         [`FisherFormatError`]: with everything that is wrong.
     """
-    _stop(source, [f"{name} is a pickle, which can run any code when it is read" for name in pickles_in(folder)])
     if not (folder / MANIFEST).exists():
-        hint = "It is a model: name the folder that `hf-ewc fisher` wrote for it." if (folder / SINGLE).exists() else ""
+        model = (folder / SINGLE).exists() or (folder / "config.json").exists()
+        hint = "It is a model: name the folder that `hf-ewc fisher` wrote for it." if model else ""
         raise FisherFormatError(
             f"'{source}' holds no {MANIFEST}, so it is not a Fisher. {hint or 'Estimate one with `hf-ewc fisher …`.'} "
             "Nothing was loaded."
         )
+    _stop(source, [f"{name} is a pickle, which can run any code when it is read" for name in pickles_in(folder)])
     manifest, codec = read_manifest(folder / MANIFEST, source)
     _stop(source, _file_problems(folder, manifest))
     _stop(source, _hash_problems(folder, manifest))

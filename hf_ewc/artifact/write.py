@@ -35,7 +35,7 @@ def write_folder(
     that is no model's weights.
     """
     coder, limit = get_codec(codec), _bytes(max_shard_size)
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     with replaced_folder(target) as fresh:
         if anchor is not None:
             manifest = write_anchor(manifest, anchor, fresh, _plan_shards(manifest.parameters, CODECS["float32"], limit))
@@ -101,7 +101,7 @@ def _plan_shards(parameters: Mapping[str, tuple[int, ...]], codec: Codec, limit:
     return plan
 
 
-def _check_target(folder: Path, overwrite: bool) -> None:
+def check_target(folder: Path, overwrite: bool) -> None:
     if folder.is_file():
         raise EWCError(f"'{folder}' is a file; a Fisher is a folder. Choose another name. Nothing was written.")
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}

@@ -86,6 +86,10 @@ def main(argv: list[str] | None = None) -> int:
         if close := difflib.get_close_matches(argv[0], second, n=1):
             print(f"hf-ewc: there is no command `{name} {argv[0]}`. Did you mean `hf-ewc {name} {close[0]}`?", file=sys.stderr)
             return 2
+        if name in ("push", "pull"):
+            there = ", ".join(f"`hf-ewc {name} {word}`" for word in second)
+            print(f"hf-ewc: there is no command `{name} {argv[0]}`. There is {there}.", file=sys.stderr)
+            return 2
     command = importlib.import_module(f".{name.replace(' ', '_')}", __package__)
     if "-h" in argv or "--help" in argv:
         print(command.HELP, end="")

@@ -23,3 +23,17 @@ Log in with `hf auth login`, or set HF_TOKEN. HF_ENDPOINT names another server t
 def run(argv: list[str]) -> int:
     print(HELP, end="", file=sys.stderr)
     return 2
+
+
+def repo_problems(repo_id: str | None, revision: bool = False) -> list[str]:
+    """What is wrong with a `repo_id` by its form; `revision`: it may have one behind an @."""
+    from ..hub import is_repo_id
+
+    if repo_id is None:  # missing, which has been said
+        return []
+    name = repo_id.rpartition("@")[0] or repo_id if revision else repo_id
+    if is_repo_id(name):
+        return []
+    last = "/".join(part for part in name.split("/")[-2:] if part)
+    meant = last if is_repo_id(last) else f"YOU/{last}" if is_repo_id(f"you/{last}") else "me/my-fisher"
+    return [f"`repo_id: {repo_id}` is no id on the Hub, which has the form USER/NAME, such as {meant}."]

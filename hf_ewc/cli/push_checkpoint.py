@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .push import repo_problems
+
 HELP = """\
 Usage: hf-ewc push checkpoint --checkpoint FOLDER --repo_id USER/NAME [--key value …]
 
@@ -36,6 +38,9 @@ class PushCheckpoint:
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of a commit."})
     dry_run: bool = field(default=False, metadata={"help": "List what would be sent."})
 
+    def problems(self) -> list[str]:
+        return repo_problems(self.repo_id)
+
 
 def run(argv: list[str]) -> int:
     from .options import parse
@@ -44,7 +49,6 @@ def run(argv: list[str]) -> int:
 
     from ..hub import Pushed
     from ..publish import push_checkpoint
-    from .push_fisher import report
 
     done = push_checkpoint(
         script.checkpoint,
@@ -58,5 +62,5 @@ def run(argv: list[str]) -> int:
         create_pr=script.create_pr,
         dry_run=script.dry_run,
     )
-    print(report(done) if isinstance(done, Pushed) else f"{done.text()}\nNothing was sent (--dry_run).")
+    print(done.text() if isinstance(done, Pushed) else f"{done.text()}\nNothing was sent (--dry_run).")
     return 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .push import repo_problems
+
 HELP = """\
 Usage: hf-ewc push fisher --fisher FOLDER --repo_id USER/NAME [--key value …]
 
@@ -35,6 +37,9 @@ class PushFisher:
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of a commit."})
     dry_run: bool = field(default=False, metadata={"help": "List what would be sent."})
 
+    def problems(self) -> list[str]:
+        return repo_problems(self.repo_id)
+
 
 def run(argv: list[str]) -> int:
     from .options import parse
@@ -56,20 +61,7 @@ def run(argv: list[str]) -> int:
     if not isinstance(done, Pushed):
         print(f"{done.text()}\nNothing was sent (--dry_run).")
         return 0
-    print(report(done))
+    print(done.text())
     if not script.create_pr:
         print(f"Use it: hf-ewc train … --fisher {done.repo_id} --fisher_revision {done.commit}")
     return 0
-
-
-def report(done: object) -> str:
-    """One push, for a person."""
-    from ..hub import Pushed
-
-    assert isinstance(done, Pushed)
-    if done.plan.empty:
-        return f"Nothing to send: {done.repo_type} {done.repo_id} holds all of it, at commit {done.commit}\n{done.url}"
-    gone = f", deleted {len(done.plan.deleted)}" if done.plan.deleted else ""
-    return (
-        f"Pushed {len(done.plan.files)} files ({done.plan.bytes:,} bytes{gone}) to {done.repo_type} {done.repo_id}\n{done.url}"
-    )

@@ -20,7 +20,8 @@ Usage: hf-ewc train [--config FILE.yaml] [--key value …]
 Continue to pretrain all weights of a model on new text, while the weights that its Fisher names hold still.
 
   what            --model ID|FOLDER  --dataset FILE|ID  --output_dir FOLDER
-  the penalty     --fisher FOLDER [FOLDER …]  (several old tasks, oldest first)  --fisher_decay 1.0  (less: they fade)
+  the penalty     --fisher FOLDER|USER/NAME[@REVISION] …  (several: old tasks, oldest first)  --fisher_decay 1.0  (less: fade)
+                  --fisher_revision  (on the Hub; pinned and recorded)  --fisher_streaming  (read from the Hub without the disk)
                   --ewc_lambda 1.0  (the one dial: raise it to keep more; 0 is plain fine-tuning)
                   --ewc_mode proximal|loss|decoupled  --ewc_missing error|ignore  --anchor ID|FOLDER
   the data        --dataset_text_field text  --dataset_config  --dataset_split train  --dataset_revision  --streaming

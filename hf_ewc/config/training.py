@@ -96,6 +96,12 @@ class EWCConfig(SFTConfig):
                 "`fisher` is missing: EWC with λ > 0 needs the Fisher information of the base model. Estimate it "
                 "(`hf-ewc fisher …`) and name its folder, or set `ewc_lambda: 0` for plain fine-tuning."
             )
+        strategy = str(getattr(self.hub_strategy, "value", self.hub_strategy))
+        if self.push_to_hub and "checkpoint" in strategy:
+            found.append(
+                f"`hub_strategy: {strategy}` publishes optimizer states and pickles, one of which holds your token. Use "
+                "`every_save` or `end`."
+            )
         return found + training_problems(self)
 
     def check(self, loaded: bool = False) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from .patience import patiently
 from .problems import is_repo_id, plain_errors, scrubbed
 from .pull import Licence, account, client, fetch, fetch_file, licence_of, page, pin
-from .push import Pushed, PushPlan, plan_push, push_files, set_visibility
+from .push import Pushed, PushPlan, check_tag, count, plan_push, push_files, set_visibility
 from .ranges import RemoteFile, remote_files
 
 __all__ = [
@@ -17,7 +17,9 @@ __all__ = [
     "Pushed",
     "RemoteFile",
     "account",
+    "check_tag",
     "client",
+    "count",
     "fetch",
     "fetch_file",
     "is_repo_id",

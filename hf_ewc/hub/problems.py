@@ -53,7 +53,7 @@ def plain_errors(action: str, repo_id: str, repo_type: str = "model", revision: 
     Turn what the client raises inside the block into a [`HubError`] or [`HubUnavailableError`] for a person.
 
     Args:
-        action (`str`): what was being done, for the message: "push the Fisher".
+        action (`str`): what was being done, for the message, with its preposition: "push to", "download x.json from".
         repo_id (`str`), repo_type (`str`): with which repository.
         revision (`str`, *optional*): at which branch, tag or commit.
 
@@ -68,7 +68,8 @@ def plain_errors(action: str, repo_id: str, repo_type: str = "model", revision: 
         if problem is None:
             raise
         kind, text = problem
-        raise kind(f"cannot {action} ({repo_type} '{repo_id}'{f' at {revision!r}' if revision else ''}): {text}") from None
+        at = f" at {revision!r}" if revision else ""
+        raise kind(f"cannot {action} the {repo_type} '{repo_id}'{at}: {text}") from None
 
 
 def _problem(error: Exception, repo_id: str, repo_type: str, revision: str | None) -> tuple[type[HubError], str] | None:
@@ -76,13 +77,13 @@ def _problem(error: Exception, repo_id: str, repo_type: str, revision: str | Non
     host = constants.ENDPOINT
     page = f"{host}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
     if isinstance(error, HFValidationError):
-        return HubError, f"this is no id on the Hub. It has the form `user/name`: {scrubbed(str(error)).splitlines()[0]}"
+        return HubError, "this is no id on the Hub, which has the form `user/name` (letters, digits, -, _ and .)."
     if isinstance(error, LocalTokenNotFoundError):
         return HubError, f"this needs an account, and no token was found. {_LOGIN}."
     if isinstance(error, OfflineModeIsEnabled):
         return HubUnavailableError, f"HF_HUB_OFFLINE is set, so {host} is not asked. Unset it and run the same command again."
     if isinstance(error, (RevisionResolutionError, LocalEntryNotFoundError)):
-        return HubUnavailableError, _not_cached(error, repo_id, repo_type)
+        return HubUnavailableError, _not_cached(repo_id, repo_type, revision)
     if isinstance(error, GatedRepoError):
         return HubError, f"it is gated, and you were not let in. Accept the licence at {page} in the browser. {_LOGIN}."
     if isinstance(error, HfHubHTTPError):
@@ -96,6 +97,11 @@ def _problem(error: Exception, repo_id: str, repo_type: str, revision: str | Non
         )
     if _full_disk(error):
         return None
+    if "404" in str(error) and re.search("xet-(write|read)-token", str(error)):
+        return (
+            HubError,
+            f"{host} does not speak Xet, the client's way for large files. Set HF_HUB_DISABLE_XET=1, and repeat it.",
+        )
     if isinstance(error, (httpx2.TransportError, ConnectionError, TimeoutError)):
         return (
             HubUnavailableError,
@@ -146,16 +152,11 @@ def _answer(error: HfHubHTTPError, host: str, page: str, revision: str | None) -
     return HubError, f"{host} answered {status}{quoted}. See {page}"
 
 
-def _not_cached(error: Exception, repo_id: str, repo_type: str) -> str:
-    kind = "" if repo_type == "model" else f" --repo-type {repo_type}"
-    if constants.is_offline_mode():
-        why = "HF_HUB_OFFLINE is set"
-    else:
-        why = f"{constants.ENDPOINT} could not be reached"
-    return (
-        f"{why}, and this machine's cache does not hold it. Fetch it once while online with `hf download {repo_id}{kind}`. "
-        f"({_first_line(error)})"
-    )
+def _not_cached(repo_id: str, repo_type: str, revision: str | None) -> str:
+    options = "" if repo_type == "model" else f" --repo-type {repo_type}"
+    options += f" --revision {revision}" if revision else ""
+    why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else f"{constants.ENDPOINT} could not be reached"
+    return f"{why}, and this machine's cache does not hold it. Fetch it once while online: `hf download {repo_id}{options}`."
 
 
 def _first_line(error: BaseException) -> str:

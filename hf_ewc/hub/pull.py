@@ -74,7 +74,7 @@ def fetch(
     Args:
         patterns (`Sequence[str]`): which files, as for `snapshot_download`'s `allow_patterns`.
     """
-    with plain_errors("download", repo_id, repo_type, commit):
+    with plain_errors("download files of", repo_id, repo_type, commit):
         found: Any = snapshot_download(
             repo_id, repo_type=repo_type, revision=commit, allow_patterns=list(patterns), token=token, cache_dir=cache_dir
         )
@@ -90,7 +90,7 @@ def fetch_file(
     cache_dir: str | Path | None = None,
 ) -> Path:
     """One file of a commit, as [`fetch`] gets many."""
-    with plain_errors(f"download {filename}", repo_id, repo_type, commit):
+    with plain_errors(f"download {filename} of", repo_id, repo_type, commit):
         found: Any = hf_hub_download(repo_id, filename, repo_type=repo_type, revision=commit, token=token, cache_dir=cache_dir)
         return Path(found)
 
@@ -101,7 +101,7 @@ def licence_of(repo_id: str, revision: str | None = None, token: Token = None) -
     server, gone, no access) has none to read; a warning says so.
     """
     try:
-        with plain_errors("read the licence", repo_id, "model", revision):
+        with plain_errors("read the licence of", repo_id, "model", revision):
             info = patiently(partial(client(token).model_info, repo_id, revision=revision))
     except HubUnavailableError:
         raise
@@ -115,5 +115,5 @@ def licence_of(repo_id: str, revision: str | None = None, token: Token = None) -
 
 def account(token: Token = None) -> dict[str, Any]:
     """Whose token this is: `name`, `orgs`, and what it may do."""
-    with plain_errors("ask whose token this is", constants.ENDPOINT, "server"):
+    with plain_errors("log in to", constants.ENDPOINT, "server"):
         return patiently(client(token).whoami)

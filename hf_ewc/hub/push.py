@@ -64,7 +64,7 @@ class PushPlan:
     def text(self) -> str:
         """The plan for a person, a line for each file."""
         state = "new" if not self.exists else "private" if self.private else "public"
-        lines = [f"{self.repo_type} {self.repo_id} ({state}): {len(self.files)} files to send, {self.bytes:,} bytes"]
+        lines = [f"{self.repo_type} {self.repo_id} ({state}): {count(len(self.files), 'file')} to send, {self.bytes:,} bytes"]
         lines += [f"  send    {size:>15,}  {path}" for path, size in self.files.items()]
         lines += [f"  keep    {size:>15,}  {path}" for path, size in self.unchanged.items()]
         lines += [f"  delete  {'':>15}  {path}" for path in self.deleted]
@@ -73,13 +73,42 @@ class PushPlan:
 
 @dataclass(frozen=True)
 class Pushed:
-    """A push that is done: the commit that holds everything, its page, and what had to change for it."""
+    """
+    A push that is done: the commit that holds everything, its page, and what had to change for it. `private` is `None` for a
+    pull request.
+    """
 
     repo_id: str
     repo_type: str
     commit: str
     url: str
-    plan: PushPlan
+    plan: PushPlan = field(repr=False)
+    private: bool | None = None
+    tag: str | None = None
+
+    def text(self) -> str:
+        """For a person: what was sent, and what the repository is now."""
+        plan, gone = self.plan, f"; deleted: {', '.join(self.plan.deleted)}" if self.plan.deleted else ""
+        sent = f"pushed {count(len(plan.files), 'file')}, {plan.bytes:,} bytes, to the {self.repo_type} {self.repo_id}{gone}"
+        lines = [f"nothing to send: the {self.repo_type} {self.repo_id} holds all of it" if plan.empty else sent]
+        seen = {True: "private", False: "public", None: "proposed"}[self.private]
+        lines += [f"{seen}, at commit {self.commit}{f', tag {self.tag}' if self.tag else ''}", self.url]
+        return "\n".join(lines)
+
+
+def count(number: int, what: str) -> str:
+    """`1 file`, `2 files`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def check_tag(plan: PushPlan, tag: str | None) -> None:
+    """Raise a [`HubError`] if a push would have to move a tag."""
+    there = plan.tags.get(tag) if tag else None
+    if there is not None and (there != plan.parent or not plan.empty):
+        raise HubError(
+            f"the tag '{tag}' of the {plan.repo_type} '{plan.repo_id}' belongs to commit {there}, and this push would make "
+            f"another one. A tag is a promise: choose a new one, such as '{tag}.1'. Nothing was sent."
+        )
 
 
 def plan_push(
@@ -151,14 +180,10 @@ def push_files(
     """
     plan = plan or plan_push(files, repo_id, repo_type, revision=revision, delete=delete, token=token)
     revision = plan.revision
-    if tag is not None and tag in plan.tags and (plan.tags[tag] != plan.parent or not plan.empty):
-        raise HubError(
-            f"the tag '{tag}' of {repo_type} '{repo_id}' belongs to commit {plan.tags[tag]}, and this push would make another "
-            f"one. A tag is a promise: choose a new one, such as '{tag}.1'. Nothing was sent."
-        )
+    check_tag(plan, tag)
     api = client(token)
     parent = plan.parent
-    with plain_errors("push", repo_id, repo_type, revision):
+    with plain_errors("push to", repo_id, repo_type, revision):
         if not plan.exists:
             patiently(lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk))
             parent = patiently(lambda: api.repo_info(repo_id, repo_type=repo_type)).sha
@@ -170,7 +195,8 @@ def push_files(
             commit, url = _commit(files, plan, parent, message, create_pr, token)
         if tag is not None and plan.tags.get(tag) != commit and not create_pr:
             patiently(lambda: api.create_tag(repo_id, tag=tag, revision=commit, repo_type=repo_type, exist_ok=True))
-    return Pushed(repo_id, repo_type, commit, url, plan)
+    seen = None if create_pr else plan.private if plan.exists else private
+    return Pushed(repo_id, repo_type, commit, url, plan, seen, None if create_pr else tag)
 
 
 def _commit(

@@ -84,7 +84,7 @@ class RemoteFile:
         """
         if not 0 <= start <= start + len(target) <= self.size:
             raise ValueError(f"bytes {start} to {start + len(target)} of {self.filename}, which has {self.size}")
-        with plain_errors(f"read {self.filename}", self.repo_id, self.repo_type, self.commit):
+        with plain_errors(f"read {self.filename} of", self.repo_id, self.repo_type, self.commit):
             done = failures = 0
             expired: _Link | None = None
             while done < len(target):
@@ -186,7 +186,7 @@ def remote_files(repo_id: str, repo_type: str, commit: str, token: Token = None)
     Raises:
         [`HubError`]: no such repository or commit, or no access.
     """
-    with plain_errors("list the files", repo_id, repo_type, commit):
+    with plain_errors("list the files of", repo_id, repo_type, commit):
         # the tree and not `get_paths_info`, which is not retried, and which cannot tell what else is there
         return {
             entry.path: RemoteFile(

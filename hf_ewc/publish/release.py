@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import Collection
 
-from ..hub import Licence, Pushed, is_repo_id, page, set_visibility
+from ..hub import Licence, Pushed, count, is_repo_id, page, set_visibility
 from .checkpoint import push_checkpoint
 from .collection import add_items, make_collection, missing_items, show_collection
 from .release_plan import open_fisher, plan_release
@@ -101,7 +101,7 @@ def push_release(config: ReleaseConfig, token: str | bool | None = None, progres
     fisher_id, checkpoint_id = plan.fisher.repo_id, plan.checkpoint.repo_id
     for there in (plan.fisher, plan.checkpoint):
         if not there.empty:
-            progress(f"to send: {there.repo_type} {there.repo_id}, {len(there.files)} files, {there.bytes:,} bytes")
+            progress(f"to send: {there.repo_type} {there.repo_id}, {count(len(there.files), 'file')}, {there.bytes:,} bytes")
     fisher: Any
     if plan.fisher.files or plan.fisher.unchanged:
         fisher = open_fisher(config.fisher, token).push_to_hub(fisher_id, private=True, tag=config.tag, token=token)
@@ -124,7 +124,7 @@ def push_release(config: ReleaseConfig, token: str | bool | None = None, progres
     absent, hidden, lacking = [], plan.hidden, missing_items(plan.collection, plan.items)
     collection = plan.collection
     if collection is None or lacking:
-        progress(f"to add to collection {plan.title}: {len(lacking)} items")
+        progress(f"to add to collection {plan.title}: {count(len(lacking), 'item')}")
         collection = collection or make_collection(plan.namespace, plan.title, DESCRIPTION, token)
         absent = add_items(collection, lacking, token)
     notes = [f"{item.repo_type} {item.repo_id} is not on this server: the collection lacks it." for item in absent]

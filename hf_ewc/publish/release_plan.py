@@ -12,8 +12,8 @@ from huggingface_hub import Collection
 
 from ..artifact import FisherInformation
 from ..config import raise_problems
-from ..errors import EWCError, FisherMismatchError, HubError, HubUnavailableError
-from ..hub import Licence, PushPlan, account, licence_of, plan_push
+from ..errors import EWCError, FisherMismatchError, HubUnavailableError
+from ..hub import Licence, PushPlan, account, check_tag, count, licence_of, plan_push
 from .checkpoint import (
     checkpoint_files,
     plan_checkpoint,
@@ -56,7 +56,7 @@ class ReleasePlan:
         """For a person, a line for each file."""
         state = "new" if self.collection is None else "private" if self.collection.private else "public"
         missing = missing_items(self.collection, self.items)
-        lines = [f"collection '{self.title}' of {self.namespace} ({state}): {len(missing)} items to add"]
+        lines = [f"collection '{self.title}' of {self.namespace} ({state}): {count(len(missing), 'item')} to add"]
         lines += [f"  {'add' if item in missing else 'keep':<6}  {item.repo_type} {item.repo_id}" for item in self.items]
         lines += [f"At the end, public: {', '.join(self.hidden)}"] if self.hidden else []
         return "\n".join([self.fisher.text(), self.checkpoint.text(), *lines, *(f"note: {note}" for note in self.notes)])
@@ -95,6 +95,11 @@ def plan_release(config: ReleaseConfig, token: str | bool | None = None) -> Rele
     inherited = checks.run(licence_of, base.id, base.revision, token) if base.revision else None
     licence = Licence(license=config.licence) if config.licence else inherited
     fisher_plan: Any = checks.run(plan_fisher, fisher, fisher_id, token)
+    if published and fisher_plan is not None and fisher_plan.private and not config.private:
+        checks.problems.append(
+            f"the Fisher '{fisher_id}' is private, and the public card of the model would link to it: readers would find "
+            f"nothing. Make it public in its settings, or set `private: true`."
+        )
     checks.raise_all(what)
     commit = fisher_plan.parent if fisher_plan.empty and fisher_plan.exists else UNKNOWN_COMMIT
     files = checks.run(
@@ -110,7 +115,7 @@ def plan_release(config: ReleaseConfig, token: str | bool | None = None) -> Rele
     )
     checkpoint_plan = checks.run(plan_checkpoint, files, checkpoint_id, None, token) if files is not None else None
     for plan in filter(None, (fisher_plan, checkpoint_plan)):
-        checks.run(_check_tag, plan, config.tag)
+        checks.run(check_tag, plan, config.tag)
     checks.raise_all(what)
     assert checkpoint_plan is not None
     found = find_collection(namespace, title, token)
@@ -145,15 +150,6 @@ def _check_fit(fisher: FisherInformation, state: dict[str, Any], config: Release
             f"base, Fisher and model do not belong together:\n    Fisher      {base.label}, weights sha256 {base.fingerprint}\n"
             f"    checkpoint  {anchor.get('id')}, weights sha256 {anchor.get('fingerprint')}\n"
             "Train without `anchor`, or publish them one by one (`hf-ewc push fisher`, `hf-ewc push checkpoint`)."
-        )
-
-
-def _check_tag(plan: PushPlan, tag: str | None) -> None:
-    there = plan.tags.get(tag) if tag else None  # one that is published already has no tags here
-    if there and (there != plan.parent or not plan.empty):
-        raise HubError(
-            f"the tag '{tag}' of {plan.repo_type} '{plan.repo_id}' belongs to commit {there}, and this release would make "
-            f"another one. A tag is a promise: choose a new one, such as '{tag}.1'."
         )
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from hf_ewc import BaseModel, FisherInformation
 from hf_ewc.cli.main import main
-from hf_ewc.errors import FisherFormatError, HubError, HubUnavailableError
+from hf_ewc.errors import DataError, FisherFormatError, HubError, HubUnavailableError
 
 TOKEN = "hf_owner"
 
@@ -296,7 +296,11 @@ def test_the_command_line_pushes_pulls_and_copies(hub, name, folder, tmp_path, c
     assert commit in capsys.readouterr().out
     assert_same(FisherInformation.from_pretrained(out), FisherInformation.from_pretrained(folder))
     assert main(["pull", "fisher", "--repo_id", name, "--output_dir", str(out)]) == 2
-    assert "is not empty" in capsys.readouterr().err
+    assert "--overwrite" in capsys.readouterr().err
+    assert main(["pull", "fisher", "--repo_id", name, "--output_dir", str(out), "--overwrite"]) == 0
+    (out / "notes.txt").write_text("mine")
+    assert main(["pull", "fisher", "--repo_id", name, "--output_dir", str(out), "--overwrite"]) == 2
+    assert (out / "notes.txt").read_text() == "mine"
     assert main(["pull", "fisher", "--repo_id", "alice/nothing"]) == 2
     assert "no such repository" in capsys.readouterr().err
 
@@ -409,3 +413,59 @@ for act in (lambda: FisherInformation.from_pretrained("alice/x"), lambda: local.
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
     assert done.stdout.count("http://127.0.0.1:9") >= 2, done.stderr[-2000:]
     assert HubUnavailableError  # the name that users catch
+
+
+def test_a_dry_run_refuses_what_the_push_would_refuse(hub, name, folder, second):
+    FisherInformation.from_pretrained(folder).push_to_hub(name, tag="v1")
+    with pytest.raises(HubError, match="A tag is a promise"):
+        FisherInformation.from_pretrained(second).push_to_hub(name, tag="v1", dry_run=True)
+
+
+def test_what_was_done_is_said_tag_visibility_and_files_that_went(hub, name, folder, second, capsys):
+    words = ["push", "fisher", "--repo_id", name]
+    assert main([*words, "--fisher", str(folder), "--tag", "v1", "--private", "no"]) == 0
+    said = capsys.readouterr().out
+    assert "public, at commit" in said
+    assert ", tag v1" in said
+    assert main([*words, "--fisher", str(second), "--private", "yes"]) == 0
+    said = capsys.readouterr().out
+    assert "deleted: fisher-00001-of-00001.safetensors" in said
+    assert "public, at commit" in said, "an existing repository stays as it is"
+
+
+@pytest.mark.parametrize("repo_id", ["x", "a/b/c", "https://huggingface.co/datasets/alice/x", "alice/-x"])
+def test_an_id_of_the_wrong_form_is_told_at_once(hub, folder, repo_id, capsys):
+    assert main(["push", "fisher", "--fisher", str(folder), "--repo_id", repo_id]) == 2
+    assert "has the form USER/NAME" in capsys.readouterr().err
+    assert main(["pull", "fisher", "--repo_id", repo_id]) == 2
+    assert "has the form USER/NAME" in capsys.readouterr().err
+    assert not hub.log
+
+
+def test_a_model_is_told_apart_from_a_fisher_here_and_there(hub, name, base_folder):
+    api = HfApi()
+    api.create_repo(name)
+    with pytest.raises(DataError, match="holds no"):
+        BaseModel.resolve(name)
+    api.upload_folder(repo_id=name, folder_path=base_folder)
+    with pytest.raises(FisherFormatError, match="is a model on the Hub, and a Fisher is a dataset repository"):
+        FisherInformation.from_pretrained(name)
+    with pytest.raises(FisherFormatError, match="It is a model"):
+        FisherInformation.from_pretrained(base_folder)
+
+
+def test_a_streamed_fisher_is_pushed_as_it_is_stored(hub, name, folder):
+    FisherInformation.from_pretrained(folder).push_to_hub(name)
+    streamed = FisherInformation.from_pretrained(name, streaming=True)
+    streamed.push_to_hub(f"{name}-copy")
+    assert FisherInformation.from_pretrained(f"{name}-copy").manifest.storage.codec == "float32"
+
+
+def test_a_server_without_xet_is_named_as_that(hub, name, folder):
+    if hub.xet:
+        pytest.skip("this one speaks it")
+    env = {**os.environ, "HF_HUB_DISABLE_XET": "0"}
+    words = command("push", "fisher", "--fisher", folder, "--repo_id", name)
+    done = subprocess.run(words, capture_output=True, text=True, env=env)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "HF_HUB_DISABLE_XET=1" in done.stderr

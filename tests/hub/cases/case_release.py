@@ -227,6 +227,18 @@ def test_with_a_base_on_the_hub_the_collection_holds_all_three(hub, name, base_f
     assert (card.license, card.base_model, card.datasets) == ("apache-2.0", base, [f"{name}-fisher"])
 
 
+def test_a_published_fisher_stays_where_it_is_and_a_public_model_needs_a_public_one(hub, name, settings):
+    pushed = FisherInformation.from_pretrained(settings["fisher"]).push_to_hub(f"{name}-elsewhere")
+    there = {**settings, "fisher": f"{name}-elsewhere@{pushed.commit}", "fisher_repo": None, "results": None}
+    with pytest.raises(EWCError, match="is private, and the public card of the model would link to it"):
+        push_release(ReleaseConfig(**there, private=False))
+    release = push_release(ReleaseConfig(**there))
+    assert (release.fisher.repo_id, release.fisher.commit) == (f"{name}-elsewhere", pushed.commit)
+    held = {item.item_id for item in HfApi().get_collection(release.collection.slug).items}
+    assert held == {f"{name}-elsewhere", name}
+    assert not push_release(ReleaseConfig(**there)).changed
+
+
 def refusal(hub, settings: dict) -> str:
     """The message of a release that is refused before anything was written."""
     with pytest.raises(EWCError) as caught:

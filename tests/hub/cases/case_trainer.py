@@ -11,10 +11,11 @@ import torch
 import training
 from huggingface_hub import HfApi, hf_hub_download
 from safetensors.torch import load_file
+from server import Fault
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_ewc import BaseModel, FisherInformation
-from hf_ewc.errors import FisherMismatchError
+from hf_ewc.errors import ConfigError, FisherMismatchError
 
 SECRET = "hf_owner"
 
@@ -103,9 +104,7 @@ def test_a_fisher_of_another_commit_of_the_base_is_refused_and_both_are_named(hu
     model = tiny.make_model()
     with torch.no_grad():
         model.model.norm.weight += 0.5
-    new = HfApi().upload_file(
-        path_or_fileobj=_weights(model, tmp_path), path_in_repo="model.safetensors", repo_id=base
-    ).oid
+    new = HfApi().upload_file(path_or_fileobj=_weights(model, tmp_path), path_in_repo="model.safetensors", repo_id=base).oid
     with pytest.raises(FisherMismatchError) as error:
         training.ewc_trainer(base, tmp_path / "out", fisher=fisher, ewc_lambda=1.0)
     for part in (old[:7], new[:7], "Train from"):
@@ -118,3 +117,32 @@ def test_a_fisher_of_another_commit_of_the_base_is_refused_and_both_are_named(hu
 def _weights(model, folder: Path) -> bytes:
     model.save_pretrained(folder / "other")
     return (folder / "other" / "model.safetensors").read_bytes()
+
+
+def test_every_save_is_one_commit_without_pickles_and_the_end_finds_its_own_repository(hub, name, published, tmp_path):
+    base, fisher, _ = published
+    settings = dict(push_to_hub=True, hub_strategy="every_save", hub_always_push=True, save_strategy="steps", save_steps=1)
+    trainer = trained(tmp_path, base, fisher, hub_model_id=name, hub_token=SECRET, **settings)
+    trainer.save_model()
+    commits = [commit.title for commit in HfApi().list_repo_commits(name)]
+    assert "Training in progress, step 1" in commits
+    for commit in HfApi().list_repo_commits(name):
+        files = HfApi().list_repo_files(name, revision=commit.commit_id)
+        assert not [path for path in files if path.endswith((".bin", ".pt", ".pth"))]
+    assert json.loads(pulled(name, "ewc_state.json"))["global_step"] == 2
+    assert HfApi().repo_info(name).private, "until somebody says otherwise"
+
+
+def test_a_strategy_that_publishes_pickles_is_refused(hub, published, tmp_path):
+    base, fisher, _ = published
+    with pytest.raises(ConfigError, match="hub_strategy: all_checkpoints"):
+        trained(tmp_path, base, fisher, push_to_hub=True, hub_strategy="all_checkpoints")
+
+
+def test_a_push_in_the_background_that_fails_is_told_and_training_goes_on(hub, name, published, tmp_path, caplog):
+    base, fisher, _ = published
+    hub.faults.append(Fault(r"POST .*/commit/", status=403, times=1))
+    settings = dict(push_to_hub=True, hub_strategy="every_save", hub_always_push=True, save_strategy="steps", save_steps=1)
+    trainer = trained(tmp_path, base, fisher, hub_model_id=name, **settings)
+    assert trainer.state.global_step == 2
+    assert "This checkpoint was not pushed; training goes on." in caplog.text
