@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 from trl import SFTTrainer
 
+from . import __version__
 from .artifact import FisherInformation
 from .callback import EWCCallback, check_model, output_folder, write_state
 from .config import EWCConfig
@@ -125,7 +126,13 @@ class EWCTrainer(SFTTrainer):
     def _ewc_state(self) -> dict[str, Any]:
         state = self.ewc.controller.state() if self.ewc is not None else {"ewc_lambda": 0.0, "fisher": None, "anchor": None}
         training = {name: getattr(self.args, name) for name in RECORDED}
-        return {**state, "global_step": self.state.global_step, "data": self.train_data, "training": training}
+        return {
+            "hf_ewc": __version__,
+            **state,
+            "global_step": self.state.global_step,
+            "data": self.train_data,
+            "training": training,
+        }
 
     def _private(self, private: bool | None = None) -> bool:
         """Whether a repository that is made by this run is private: yes, unless somebody said no."""

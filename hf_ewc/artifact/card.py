@@ -70,7 +70,7 @@ def render_card(
 
 For each weight of the base model: how much the probabilities of the probe's tokens depend on it. Elastic Weight
 Consolidation uses it to let a model learn something new while the weights that carry the probed knowledge hold.
-
+{made_with(manifest.versions.get("hf_ewc"))}
 | base model | |
 |---|---|
 | model | `{model}` ({base.architecture}), {"revision " if base.revision else ""}{at} |
@@ -98,7 +98,7 @@ args = EWCConfig("out", ewc_lambda=1.0, fisher="{here}"{revision})
 trainer = EWCTrainer("{model}", args, train_dataset=corpus)
 trainer.train()
 ```
-
+{PIN if repo_id else ""}
 `datasets.load_dataset("{here}")` gives the summary, one row per tensor (F per scored token; quantiles of
 tensors above 4 M entries are those of a random sample). The values themselves lie in the safetensors files, codec
 `{manifest.storage.codec}`, under the names of `named_parameters()`. `FisherInformation.from_pretrained("{here}")` checks the
@@ -112,11 +112,11 @@ files, the trainer that they belong to its base model and tokenizer.
     return scrubbed(text)
 
 
+PIN = '\nPin it with `fisher_revision="…"` in `EWCConfig`: the commit of this page, or a tag.\n'
 LIMITS = """\
 ## Limits
 
-- It belongs to exactly these base weights and this tokenizer. Any other model is refused, a fine-tuned or
-  quantised copy too.
+- It belongs to exactly these base weights and this tokenizer. Any other model is refused, a fine-tuned or quantised copy too.
 - It keeps what was probed for. What the probe does not touch is free to be forgotten.
 - It is a diagonal, local approximation: the further the weights move, the less it says.
 - These are not weights: no model can be loaded from this repository.
@@ -128,30 +128,36 @@ def front_matter(
 ) -> str:
     """The YAML at the head of a Fisher's card, without its fences."""
     terms = {key: getattr(licence, key) for key in ("license", "license_name", "license_link")} if licence else {}
+    params = {"split": "params", "path": "summary/params.parquet"}
     data = DatasetCardData(
         **terms,
         pretty_name=f"Diagonal Fisher information of {model}",
         tags=["fisher-information", "ewc", "continual-learning", "safetensors", "tabular"],
         source_datasets=sources or None,
         size_categories=["n<1K"],
-        configs=[
-            {"config_name": "summary", "default": True, "data_files": [{"split": "params", "path": "summary/params.parquet"}]}
-        ],
+        configs=[{"config_name": "summary", "default": True, "data_files": [params]}],
         base_model=base_id,
         lineage=lineage,
     )
     return data.to_yaml().strip()
 
 
+def made_with(version: str | None) -> str:
+    """The card's line on the version of hf_ewc; empty where it was not recorded."""
+    return f"\nMade with hf_ewc {version}.\n" if version else ""
+
+
 def licence_text(base_id: str | None, licence: Licence | None) -> str:
-    """The card's sentence on the terms, which are those of the base model."""
-    if base_id is None or licence is None:
-        return "Derived from the base model and subject to its terms; see the base model's own page."
-    name = f"`{licence.license}`" if licence.license else "Not stated on the base model's page; whatever holds there holds here"
-    if licence.license_link:
-        name += f" ([{licence.license_name or 'terms'}]({licence.license_link}))"
-    text = f"{name}, inherited from the base model [{base_id}]({page(base_id)})."
-    if licence.gated:
+    """The card's sentence on the terms, which are those of the base model. A local one has no page to point to."""
+    base = f"base model [{base_id}]({page(base_id)})" if base_id else "base model"
+    if licence is None or (base_id is None and not licence.license):
+        return f"Derived from the {base}, whose terms apply here, too."
+    if licence.license:
+        link = f" ([{licence.license_name or 'terms'}]({licence.license_link}))" if licence.license_link else ""
+        text = f"`{licence.license}`{link}, inherited from the {base}."
+    else:
+        text = "The base model's page states no licence; its terms apply here, too."
+    if licence.gated and base_id:
         text += " The base model is gated: accept its terms on its page before you use what is derived from it."
     return text
 
@@ -178,9 +184,8 @@ def _sources(manifest: Manifest) -> list[str]:
 
 def _lineage(manifest: Manifest) -> list[dict[str, Any]]:
     base = manifest.base_model
-    links: list[dict[str, Any]] = [
-        {"what": "base model", "id": _base_name(manifest), "revision": base.revision, "sha256": base.fingerprint}
-    ]
+    links: list[dict[str, Any]] = [{"what": "base model", "id": _base_name(manifest)}]
+    links[0] |= {"revision": base.revision, "sha256": base.fingerprint}
     for probe in manifest.probes:
         name = probe.dataset and (probe.dataset if hub_dataset(probe.dataset, probe.revision) else last_part(probe.dataset))
         links.append(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import EWCError, FisherFormatError, HubError
 from ..hub import fetch, fetch_file, is_repo_id, page, pin
-from .verify import INDEX, MANIFEST, SUMMARY
+from .manifest import Manifest
+from .verify import INDEX, MANIFEST, SHARD, SUMMARY
 
 logger = logging.getLogger(__name__)
 
+SHARD_OR_INDEX = re.compile(f"{SHARD.pattern}|{re.escape(INDEX)}")  # and nothing else that a manifest may name
 FILES = (MANIFEST, INDEX, SUMMARY, "fisher-*.safetensors", "anchor-*.safetensors")
 
 
@@ -55,8 +58,13 @@ def locate(
     if path.is_file():
         raise FisherFormatError(f"'{folder_or_id}' is a file. Name the folder that holds {MANIFEST}; pickles are not read.")
     repo_id, commit = pinned(folder_or_id, revision, token, cache_dir)
-    fetch_manifest(repo_id, commit, token, cache_dir)  # first and alone: what is no Fisher is not downloaded
-    return Place(fetch(repo_id, "dataset", commit, FILES, token, cache_dir), repo_id, commit)
+    path = fetch_manifest(repo_id, commit, token, cache_dir)  # first and alone: what is no Fisher is not downloaded
+    folder = fetch(repo_id, "dataset", commit, FILES, token, cache_dir)
+    # where the Hub refuses to list its files, the client is content with what the cache holds, be it the manifest alone
+    for name in (INDEX, *Manifest.from_json(path.read_text(encoding="utf-8"), folder_or_id).files):
+        if not (folder / name).is_file() and SHARD_OR_INDEX.fullmatch(name):
+            fetch_file(repo_id, "dataset", commit, name, token, cache_dir)
+    return Place(folder, repo_id, commit)
 
 
 def pinned(

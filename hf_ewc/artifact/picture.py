@@ -97,8 +97,11 @@ def _bars(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     layers = sorted({row["layer"] for row in rows if row["layer"] is not None})
     outside = {row["group"] for row in rows if row["layer"] is None}
     order = [g for g in ("embedding", "other") if g in outside], layers, [g for g in COLOURS if g in outside]
-    bars: dict[str, dict[str, float]] = {str(key): {} for part in order for key in part}
+    # the legend's "norm" is of all norms, and the bar is of those that are in no layer: with most models the last one alone
+    norms = {row.get("module") for row in rows if row["layer"] is None and row["group"] == "norm"}
+    names = {"norm": "final norm" if len(norms) == 1 else "other norms"}
+    bars: dict[str, dict[str, float]] = {names.get(str(key), str(key)): {} for part in order for key in part}
     for row in rows:
-        bar = bars[row["group"] if row["layer"] is None else str(row["layer"])]
+        bar = bars[names.get(row["group"], row["group"]) if row["layer"] is None else str(row["layer"])]
         bar[row["group"]] = bar.get(row["group"], 0.0) + row["trace"] / total
     return bars

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from ..errors import HubError
-from ..hub import Licence, Pushed, PushPlan, check_tag, licence_of, plan_push, push_files
+from ..hub import Pushed, PushPlan, check_tag, licence_of, plan_push, push_files
 from .card import render_card
 from .picture import trace_picture
 from .verify import CARD, INDEX, MANIFEST, SUMMARY, open_verified
@@ -47,7 +47,7 @@ def push_folder(
             "their hash, but not find them. To make it traceable, push the base model and estimate with its id.",
             Path(base.id).name,
         )
-    licence = licence_of(base.id, base.revision, token) if base.revision else Licence()
+    licence = licence_of(base.id, base.revision, token) if base.revision else None
     files[CARD] = render_card(manifest, repo_id=repo_id, licence=licence, picture=True, rows=rows).encode()
     files[PICTURE] = trace_picture(rows)
     plan = plan_push(files, repo_id, "dataset", revision=revision, delete=STALE, token=token)
@@ -60,5 +60,6 @@ def push_folder(
     check_tag(plan, tag)
     if dry_run:
         return plan
-    message = message or f"Fisher of {base.label} ({manifest.digest[:12]})"
+    name = base.label if base.revision else Path(base.id).name
+    message = message or f"Fisher of {name} ({manifest.digest[:12]})"
     return push_files(files, repo_id, "dataset", message=message, tag=tag, token=token, plan=plan, **options)

@@ -122,8 +122,9 @@ def guarded(name: str, run: Callable[[list[str]], int], argv: list[str]) -> int:
         return 0
     except Exception as error:
         if not is_disk_full(error):
-            if isinstance(error, OSError) and error.filename is not None and error.strerror:
-                print(f"hf-ewc {name}: '{error.filename}' cannot be used: {error.strerror}.", file=sys.stderr)
+            if isinstance(error, OSError) and error.strerror:
+                what = f"'{error.filename}' cannot be used" if error.filename is not None else "the system refused"
+                print(f"hf-ewc {name}: {what}: {error.strerror}.", file=sys.stderr)
                 return 1
             raise
         again = f" with `{CONTINUE[name].strip()}`" if CONTINUE.get(name) else ""

@@ -4,7 +4,7 @@ Figures, tables and pages are views of this one file, so each of them can be mad
 
 ```python
 {"schema": 1,
- "base": {...},                                   # which model
+ "base": {...},                                   # which model, with the `fingerprint` of its weights
  "before": metrics,                               # `evaluate_model` of the base
  "runs": [{"mode": "proximal", "ewc_lambda": 1.0, "metrics": metrics, "log": {...}, "seconds": 61.0}, ...],
  "settings": {"old": "english", "new": "lithuanian", ...},   # names of the texts that are to be kept and learned
@@ -98,11 +98,12 @@ def fronts(table: list[Row]) -> dict[str, list[Row]]:
 
 def check_results(results: Any, source: str = "these results") -> None:
     """Raise a [`DataError`] if `results` is not a sweep of this schema with both domains measured on every model."""
-    if not isinstance(results, dict) or results.get("schema") != SCHEMA:
-        found = results.get("schema") if isinstance(results, dict) else type(results).__name__
+    if not isinstance(results, dict) or "schema" not in results:
+        raise DataError(f"{source} is no results.json of `hf-ewc evaluate --base … --output` or of a sweep. Name one.")
+    if results["schema"] != SCHEMA:
         raise DataError(
-            f"{source}: schema {found!r}, but this version of hf_ewc reads schema {SCHEMA}. Name the `results.json` of a "
-            "sweep, or install the version that wrote it."
+            f"{source}: schema {results['schema']!r}, but this version of hf_ewc reads schema {SCHEMA}. Name the "
+            "`results.json` of a sweep, or install the version that wrote it."
         )
     missing = [key for key in ("before", "runs", "settings") if key not in results]
     missing += [f"settings.{key}" for key in ("old", "new") if key not in results.get("settings", {})]

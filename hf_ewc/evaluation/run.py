@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..artifact import BaseModel
 from ..config import EvaluationConfig
 from ..data import check_text, load_rows, resolve_dataset_revision
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, HubError
+from ..hub import pin
 from .perplexity import choose_window, score_texts
 from .questions import load_questions, score_questions
 
@@ -41,7 +43,9 @@ def evaluate_model(
         `questions` {name: {`accuracy`, `stderr`, `chance`, `n`; of a dataset on the Hub also `dataset`, `dataset_revision`,
         `split`, `limit`}},
         `samples` {`texts` {name: {`nats`, `bytes`} per document}, `questions` {name: 0 or 1 per question}} for paired tests,
-        `model` {`name`, `revision`, `architecture`, `parameters`, `dtype`, `window`}.
+        `model` {`name`, `revision`, `fingerprint`, `architecture`, `parameters`, `dtype`, `window`}: of a model on the Hub the
+        commit that was loaded, and of one that is loaded here the hash of its weight files, see [`BaseModel`]; `None` for a
+        model in memory and for pickles.
 
     Raises:
         ConfigError: Nothing to evaluate, an impossible setting, a model without tokenizer.
@@ -60,9 +64,14 @@ def evaluate_model(
     for file in config.questions.values():  # type: ignore[union-attr]
         load_questions(file, config.split, config.max_documents)
     name = str(model if isinstance(model, (str, Path)) else model.name_or_path)
-    tokenizer = tokenizer or _load(AutoTokenizer, name, config)
+    found, commit = None, config.revision
     if isinstance(model, (str, Path)):
-        loaded = _load(AutoModelForCausalLM, name, config, dtype=getattr(torch, config.dtype)).to(_device(config))
+        found = _resolve(name, config.revision)
+        commit = found.revision if found else _commit(name, config.revision)
+    tokenizer = tokenizer or _load(AutoTokenizer, name, commit)
+    if isinstance(model, (str, Path)):
+        source = str(found.folder) if found else name  # the very files that were hashed
+        loaded = _load(AutoModelForCausalLM, source, commit, dtype=getattr(torch, config.dtype)).to(_device(config))
     else:
         loaded = model
     window = choose_window(loaded, config.window)
@@ -91,7 +100,8 @@ def evaluate_model(
         metrics["samples"]["questions"][subject] = answers.correct
     metrics["model"] = {
         "name": Path(name).name if Path(name).is_dir() else name,  # not where it lies on this machine
-        "revision": config.revision,
+        "revision": commit,
+        "fingerprint": found.fingerprint if found else None,
         "architecture": type(loaded).__name__,
         "parameters": loaded.num_parameters(),
         "dtype": str(loaded.dtype).removeprefix("torch."),
@@ -120,11 +130,29 @@ def _load_texts(file: str, config: EvaluationConfig) -> list[str]:
     return texts
 
 
-def _load(loader: Any, source: str, config: EvaluationConfig, **kwargs: Any) -> Any:
+def _resolve(name: str, revision: str | None) -> BaseModel | None:
+    """The model by the hash of its weights, so that figures can be told to be of these; `None` for pickles and adapters."""
+    try:
+        return BaseModel.resolve(name, None if Path(name).expanduser().is_dir() else revision)
+    except DataError:  # what cannot be measured either is refused on loading
+        return None
+
+
+def _commit(name: str, revision: str | None) -> str | None:
+    """The commit of a model on the Hub whose weights have no hash; of one that cannot be asked for, the revision as given."""
+    if Path(name).expanduser().is_dir():
+        return None
+    try:
+        return pin(name, "model", revision)
+    except HubError:
+        return revision
+
+
+def _load(loader: Any, source: str, revision: str | None, **kwargs: Any) -> Any:
     if not source:
         raise ConfigError("this model was not loaded from a folder, so its tokenizer is unknown. Pass `tokenizer=…`.")
     try:
-        return loader.from_pretrained(source, revision=config.revision or "main", **kwargs)
+        return loader.from_pretrained(source, revision=revision or "main", **kwargs)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot load '{source}': {error}") from error
 

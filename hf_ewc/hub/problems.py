@@ -26,7 +26,10 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import EWCError, HubError, HubUnavailableError
 
+_SECRETS: set[str] = set()
+_PASSWORD = re.compile(r"//[^/@\s]+@")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
+_ANSWERS = (HfHubHTTPError, httpx2.TransportError)
 _LOGIN = "Log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -39,12 +42,22 @@ def is_repo_id(name: str) -> bool:
     return "/" in name
 
 
+def keep_secret(token: str | bool | None) -> None:
+    """Remember a token that was handed over, so that no message repeats it."""
+    if isinstance(token, str) and token:
+        _SECRETS.add(token)
+
+
 def scrubbed(text: str) -> str:
-    """`text` without access tokens: neither the one in use nor anything that looks like one."""
-    token = get_token()
-    if token:
+    """`text` without access tokens: those in use, anything that looks like one, and passwords in addresses."""
+    for token in {*_SECRETS, get_token() or ""} - {""}:
         text = text.replace(token, "hf_***")
-    return _TOKEN.sub("hf_***", text)
+    return _PASSWORD.sub("//", _TOKEN.sub("hf_***", text))
+
+
+def endpoint() -> str:
+    """The Hub in use, as it may be shown."""
+    return _PASSWORD.sub("//", constants.ENDPOINT)
 
 
 @contextmanager
@@ -74,7 +87,12 @@ def plain_errors(action: str, repo_id: str, repo_type: str = "model", revision: 
 
 def _problem(error: Exception, repo_id: str, repo_type: str, revision: str | None) -> tuple[type[HubError], str] | None:
     """The kind of error and the sentence; `None` for what is none of the Hub's business."""
-    host = constants.ENDPOINT
+    cause = error.__cause__  # what the Hub answered, under what the client made of it ("Error while uploading …")
+    if isinstance(error, (LocalEntryNotFoundError, RuntimeError)) and isinstance(
+        cause, (HfHubHTTPError, httpx2.TransportError)
+    ):
+        error = cause
+    host = endpoint()
     page = f"{host}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
     if isinstance(error, HFValidationError):
         return HubError, "this is no id on the Hub, which has the form `user/name` (letters, digits, -, _ and .)."
@@ -97,6 +115,11 @@ def _problem(error: Exception, repo_id: str, repo_type: str, revision: str | Non
         )
     if _full_disk(error):
         return None
+    if refused := re.search(r"HTTP status client error \((401|403|409)", str(error)):  # Xet tells its answers in words only
+        return HubError, (
+            f"{host} refused the transfer of its large files with status {refused[1]}. Check that this token may write there, "
+            f"or read it. {_LOGIN}."
+        )
     if "404" in str(error) and re.search("xet-(write|read)-token", str(error)):
         return (
             HubError,
@@ -155,7 +178,7 @@ def _answer(error: HfHubHTTPError, host: str, page: str, revision: str | None) -
 def _not_cached(repo_id: str, repo_type: str, revision: str | None) -> str:
     options = "" if repo_type == "model" else f" --repo-type {repo_type}"
     options += f" --revision {revision}" if revision else ""
-    why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else f"{constants.ENDPOINT} could not be reached"
+    why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else f"{endpoint()} could not be reached"
     return f"{why}, and this machine's cache does not hold it. Fetch it once while online: `hf download {repo_id}{options}`."
 
 

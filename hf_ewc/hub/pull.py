@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
 from .. import __version__
 from ..errors import HubError, HubUnavailableError
 from .patience import patiently
-from .problems import plain_errors
+from .problems import endpoint, keep_secret, plain_errors
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +33,14 @@ class Licence:
 
 def client(token: Token = None) -> HfApi:
     """A client that tells the Hub who asks."""
+    keep_secret(token)
     return HfApi(token=token, library_name="hf_ewc", library_version=__version__)
 
 
 def page(repo_id: str, repo_type: str = "model", commit: str | None = None) -> str:
     """The address of a repository's page at the endpoint in use."""
     kind = "" if repo_type == "model" else f"{repo_type}s/"
-    return f"{constants.ENDPOINT}/{kind}{repo_id}{f'/tree/{commit}' if commit else ''}"
+    return f"{endpoint()}/{kind}{repo_id}{f'/tree/{commit}' if commit else ''}"
 
 
 def pin(
@@ -95,10 +96,10 @@ def fetch_file(
         return Path(found)
 
 
-def licence_of(repo_id: str, revision: str | None = None, token: Token = None) -> Licence:
+def licence_of(repo_id: str, revision: str | None = None, token: Token = None) -> Licence | None:
     """
     The terms that a derivative of this model inherits, from its card on the Hub. A model that is not to be seen there (another
-    server, gone, no access) has none to read; a warning says so.
+    server, gone, no access) has none to read: a warning says so, and `None` is returned.
     """
     try:
         with plain_errors("read the licence of", repo_id, "model", revision):
@@ -107,7 +108,7 @@ def licence_of(repo_id: str, revision: str | None = None, token: Token = None) -
         raise
     except HubError as error:
         logger.warning("The licence stays unknown: %s", error)
-        return Licence()
+        return None
     card = info.card_data.to_dict() if info.card_data else {}
     said = {key: str(card[key]) for key in ("license", "license_name", "license_link") if card.get(key)}
     return Licence(**said, gated=str(info.gated) if info.gated else None)
@@ -115,5 +116,5 @@ def licence_of(repo_id: str, revision: str | None = None, token: Token = None) -
 
 def account(token: Token = None) -> dict[str, Any]:
     """Whose token this is: `name`, `orgs`, and what it may do."""
-    with plain_errors("log in to", constants.ENDPOINT, "server"):
+    with plain_errors("log in to", endpoint(), "server"):
         return patiently(client(token).whoami)

@@ -7,9 +7,11 @@ contents travel first (what the Hub has is not sent again, so a push that was ki
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -181,12 +183,19 @@ def push_files(
     plan = plan or plan_push(files, repo_id, repo_type, revision=revision, delete=delete, token=token)
     revision = plan.revision
     check_tag(plan, tag)
+    _check_branch(plan, create_pr)
     api = client(token)
     parent = plan.parent
     with plain_errors("push to", repo_id, repo_type, revision):
         if not plan.exists:
             patiently(lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk))
-            parent = patiently(lambda: api.repo_info(repo_id, repo_type=repo_type)).sha
+            now = plan_push({}, repo_id, repo_type, token=token)
+            if set(now.present) - {".gitattributes"}:
+                raise HubError(
+                    f"the {repo_type} '{repo_id}' did not exist when this push began, and somebody else has pushed to it "
+                    "meanwhile. Nothing was sent. Run the same command again to push on top of it."
+                )
+            parent = now.parent
         if revision is not None and not create_pr:
             patiently(lambda: api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True))
         if plan.empty:
@@ -195,8 +204,29 @@ def push_files(
             commit, url = _commit(files, plan, parent, message, create_pr, token)
         if tag is not None and plan.tags.get(tag) != commit and not create_pr:
             patiently(lambda: api.create_tag(repo_id, tag=tag, revision=commit, repo_type=repo_type, exist_ok=True))
+            refs = patiently(lambda: api.list_repo_refs(repo_id, repo_type=repo_type))
+            there = next((ref.target_commit for ref in refs.tags if ref.name == tag), commit)
+            if there != commit:
+                raise HubError(
+                    f"the {repo_type} '{repo_id}' got this push as commit {commit}, but meanwhile somebody else gave the tag "
+                    f"'{tag}' to commit {there}. Choose another tag and run it again: nothing will be sent twice."
+                )
     seen = None if create_pr else plan.private if plan.exists else private
     return Pushed(repo_id, repo_type, commit, url, plan, seen, None if create_pr else tag)
+
+
+def _check_branch(plan: PushPlan, create_pr: bool) -> None:
+    """A push goes to a branch: one that is called like a commit or a tag would be taken for it."""
+    name = plan.revision
+    if name is None:
+        return
+    if create_pr:
+        raise HubError("a pull request is made against `main`: leave `revision` out, or `create_pr`. Nothing was sent.")
+    if re.fullmatch("[0-9a-f]{7,40}", name) or name.startswith("refs/") or name in plan.tags:
+        raise HubError(
+            f"`revision: {name}` is the name of a commit or a tag, and a push makes a new commit on a branch. Name a "
+            "branch; for a tag, use `tag`. Nothing was sent."
+        )
 
 
 def _commit(
@@ -213,7 +243,8 @@ def _commit(
     def attempt() -> tuple[str, str]:
         nonlocal tried
         if tried and not create_pr:
-            now = plan_push(files, plan.repo_id, plan.repo_type, revision=plan.revision, token=token)
+            gone = [escape(path) for path in plan.deleted]
+            now = plan_push(files, plan.repo_id, plan.repo_type, revision=plan.revision, delete=gone, token=token)
             if now.empty and now.parent is not None:
                 return now.parent, page(plan.repo_id, plan.repo_type, now.parent)
         tried = True

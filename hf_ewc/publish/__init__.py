@@ -6,7 +6,7 @@ from .checkpoint import push_checkpoint, read_state
 from .checkpoint_card import render_checkpoint_card
 from .committed import check_cards, render_committed, write_cards
 from .eval_results import eval_result_files, model_index, pick_run
-from .lineage import Link, card_lineage, lineage, lineage_text, remote_state
+from .lineage import Link, card_lineage, lineage, lineage_text, remote_fingerprint, remote_state
 from .release import ReleaseConfig, push_release
 from .release_plan import plan_release
 
@@ -24,6 +24,7 @@ __all__ = [
     "push_checkpoint",
     "push_release",
     "read_state",
+    "remote_fingerprint",
     "remote_state",
     "render_checkpoint_card",
     "render_committed",

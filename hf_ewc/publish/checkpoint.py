@@ -159,7 +159,15 @@ def checkpoint_files(
     if licence is None and anchor.get("revision"):
         licence = licence_of(anchor["id"], anchor["revision"], token)
     name = folder.resolve().name
-    card = render_checkpoint_card(state, repo_id=repo_id, results=figures, licence=licence, language=language, name=name)
+    card = render_checkpoint_card(
+        state,
+        repo_id=repo_id,
+        results=figures,
+        licence=licence,
+        language=language,
+        name=name,
+        fingerprint=model.fingerprint,
+    )
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     patterns = (*MODEL_FILES, *(["*.py"] if "auto_map" in config else []))  # code of its own, without which it does not load
@@ -173,7 +181,7 @@ def checkpoint_files(
     files[STATE_FILE] = (json.dumps(state, indent=2, ensure_ascii=False) + "\n").encode()
     if results is not None and figures is not None:
         files[RESULTS] = Path(results).expanduser()
-        entries = eval_result_files(figures, pick_run(figures, state, name), page(repo_id))
+        entries = eval_result_files(figures, pick_run(figures, state, name, model.fingerprint), page(repo_id))
         files |= {path: text.encode() for path, text in entries.items()}
     files[CARD] = card.encode()
     refuse_tokens(files, token)

@@ -11,11 +11,16 @@ from huggingface_hub import ModelCardData
 from ..artifact import card
 from ..errors import ConfigError
 from ..evaluation import table_markdown
-from ..hub import Licence, is_repo_id, page, scrubbed
-from .eval_results import model_index, pick_run
+from ..hub import Licence, count, is_repo_id, page, scrubbed
+from .eval_results import measured, model_index, pick_run
 from .origins import UNKNOWN, Origin, base_of, data_of, fisher_of, parts_of
 
 NOT_RUN = "**Not yet run**"
+NO_DATA = "data that was not recorded (`push_to_hub(dataset_name=…)` names it)"
+NOT_TIED = "These figures were not tied to these weights by their hash."
+NO_FIGURES = (
+    "Not measured yet. `hf-ewc evaluate --model … --base … --output results.json`, then push again with it (`--results`)."
+)
 
 # The settings of a run that a reader compares: only these leave the machine, so no path and no token can.
 SETTINGS = (
@@ -54,6 +59,7 @@ def render_checkpoint_card(
     language: str | Sequence[str] | None = None,
     planned: bool = False,
     name: str | None = None,
+    fingerprint: str | None = None,
 ) -> str:
     """
     The model card of an adapted checkpoint: lineage, what it kept and learned, use, limits, citations.
@@ -67,6 +73,7 @@ def render_checkpoint_card(
         planned (`bool`, *optional*, defaults to `False`): nothing was run yet. The settings are shown, and a mark in the place
             of every figure.
         name (`str`, *optional*): folder of the model, by which its run may be called in `results`.
+        fingerprint (`str`, *optional*): of the checkpoint's weights, see [`BaseModel`]: `results` must be of these.
 
     Raises:
         [`ConfigError`]: figures for a model that was not run, or `results` that do not hold exactly one run of this model.
@@ -75,7 +82,7 @@ def render_checkpoint_card(
         raise ConfigError("this card is `planned: true` and has results: one of them is wrong. Nothing was rendered.")
     title = repo_id or name or "Adapted model"
     here = repo_id if repo_id and is_repo_id(repo_id) else "path/to/this/folder"
-    run = pick_run(results, state, name or repo_id or "") if results is not None else None
+    run = pick_run(results, state, name or repo_id or "", fingerprint) if results is not None else None
     base, fishers, data = base_of(state), [fisher_of(part) for part in parts_of(state)], data_of(state)
     mark = NOT_RUN if planned else UNKNOWN
     notice = f"{NOT_RUN}: this is a template, with the settings of a recipe and a mark in the place of every figure.\n\n"
@@ -85,10 +92,11 @@ def render_checkpoint_card(
 
 # {title}
 
-{notice if planned else ""}All weights of {base.markdown()}, {"to be " if planned else ""}trained further on {data.markdown()}.
+{notice if planned else ""}All weights of {base.markdown() if base.source else f"a base model that was {UNKNOWN}"}, \
+{"to be " if planned else ""}trained further on {data.markdown() if data.source else NO_DATA}.
 {_method(state, fishers, planned)}
 It is an ordinary `transformers` model: nothing of EWC is needed to use it.
-
+{card.made_with(state.get("hf_ewc"))}
 ## Where it comes from
 
 | | |
@@ -108,7 +116,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{here}")
 model = AutoModelForCausalLM.from_pretrained("{here}")
-inputs = tokenizer("Once upon a time", return_tensors="pt")
+{_inputs(language)}
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))
 ```
 
@@ -210,24 +218,38 @@ def _hash(origin: Origin, mark: str) -> str:
 
 
 def _figures(results: dict | None, run: dict | None, state: Mapping[str, Any], planned: bool) -> str:
-    if results is None or run is None:
-        mark, strength = NOT_RUN if planned else "not measured", state.get("ewc_lambda")
+    strength = state.get("ewc_lambda")
+    if planned:
         shown = UNKNOWN if strength is None else f"{strength:g}"
         return (
             "| mode | λ | old texts (bits/byte) | forgetting (bits/byte) | new texts (bits/byte) | learning (bits/byte) |\n"
-            f"| :-- | --: | --: | --: | --: | --: |\n| base | – | {mark} | – | {mark} | – |\n"
-            f"| {state.get('ewc_mode') or UNKNOWN} | {shown} | {' | '.join([mark] * 4)} |"
+            f"| :-- | --: | --: | --: | --: | --: |\n| base | – | {NOT_RUN} | – | {NOT_RUN} | – |\n"
+            f"| {state.get('ewc_mode') or UNKNOWN} | {shown} | {' | '.join([NOT_RUN] * 4)} |"
         )
-    mode = "sft" if run["mode"] == "sft" else state.get("ewc_mode") or run["mode"]
-    metrics = run["metrics"]
-    sizes = [f"{name}: {score['documents']:,} documents, {score['bytes']:,} bytes" for name, score in metrics["texts"].items()]
-    sizes += [f"{name}: {score['n']:,} questions" for name, score in metrics.get("questions", {}).items()]
+    if results is None or run is None:
+        return NO_FIGURES
+    mode = "sft" if run["mode"] == "sft" and not strength else state.get("ewc_mode") or run["mode"]
+    shown_run = {**run, "mode": mode, "ewc_lambda": run["ewc_lambda"] if strength is None else strength}
+    metrics, digest = run["metrics"], measured(run)
+    tie = f"The model's figures are of weights with sha256 `{digest}`." if digest else NOT_TIED
+    texts, questions = metrics["texts"].items(), metrics.get("questions", {}).items()
+    sizes = [f"{name}: {count(score['documents'], 'document')}, {count(score['bytes'], 'byte')}" for name, score in texts]
+    sizes += [f"{name}: {count(score['n'], 'question')}" for name, score in questions]
     model = metrics.get("model", {})
     how = "".join(f"; {key} {model[key]}" for key in ("window", "dtype") if model.get(key))
-    return f"""{table_markdown({**results, "runs": [{**run, "mode": mode}]})}
+    return f"""{table_markdown({**results, "runs": [shown_run]})}
 
 Bits per byte: less is better, and comparable between tokenizers and languages. Forgetting and learning are differences from the
-base; ± is one standard error over the questions. Measured on {"; ".join(sizes)}{how}."""
+base; ± is one standard error over the questions. Measured on {"; ".join(sizes)}{how}.
+{tie}"""
+
+
+def _inputs(language: str | Sequence[str] | None) -> str:
+    """The example's prompt: English where the model's languages are unknown or have it, and the reader's own otherwise."""
+    languages = [language] if isinstance(language, str) else list(language or ["en"])
+    english = any(code.partition("-")[0] == "en" for code in languages)
+    prompt, remark = ("Once upon a time", "") if english else ("", "  # your text")
+    return f'inputs = tokenizer("{prompt}", return_tensors="pt"){remark}'
 
 
 def _settings(state: Mapping[str, Any]) -> str:

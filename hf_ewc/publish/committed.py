@@ -37,6 +37,7 @@ class CardSpec:
         recipe (`str`, *optional*): YAML of `hf-ewc fisher` or `hf-ewc train`, relative to this file.
         licence (`dict`, *optional*): of the base model: `license`, `license_name`, `license_link`, `gated`.
         language (`str` or list, *optional*): of a checkpoint.
+        fingerprint (`str`, *optional*): of a checkpoint's weights, of which the figures must be.
         fisher_repo (`str`, *optional*): of a planned checkpoint: repository that its Fisher is meant for.
     """
 
@@ -46,6 +47,7 @@ class CardSpec:
     recipe: str | None = None
     licence: dict[str, Any] | None = None
     language: str | list[str] | None = None
+    fingerprint: str | None = None
     fisher_repo: str | None = None
 
 
@@ -102,7 +104,13 @@ def render_committed(folder: str | Path) -> str:
         state = json.loads(_read(folder / STATE_FILE))
         results = load_results(folder / RESULTS) if (folder / RESULTS).is_file() else None
         text = render_checkpoint_card(
-            state, repo_id=spec.repo_id, results=results, licence=licence, language=spec.language, name=folder.name
+            state,
+            repo_id=spec.repo_id,
+            results=results,
+            licence=licence,
+            language=spec.language,
+            name=folder.name,
+            fingerprint=spec.fingerprint,
         )
     return text.replace(f"{constants.ENDPOINT}/", "https://huggingface.co/")
 

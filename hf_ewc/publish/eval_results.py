@@ -90,18 +90,20 @@ def model_index(results: dict, run: dict) -> list[EvalResult]:
     ]
 
 
-def pick_run(results: dict, state: Mapping[str, Any], name: str = "") -> dict:
+def pick_run(results: dict, state: Mapping[str, Any], name: str = "", fingerprint: str | None = None) -> dict:
     """
-    The run of a sweep or an evaluation that is this checkpoint, never a guess: λ must be equal, and if several runs have it,
-    the mode or the folder's name must tell them apart.
+    The run of a sweep or an evaluation that is this checkpoint, never a guess: the weights that were measured must be its own,
+    by their hash. Where a hash is missing λ must be equal, and if several runs have it, the mode or the folder's name must
+    tell them apart.
 
     Args:
         results (`dict`): of `results.json`.
         state (`dict`): of `ewc_state.json`.
         name (`str`, *optional*): folder or repository of the model; `hf-ewc evaluate` calls its runs by it.
+        fingerprint (`str`, *optional*): of its weights, see [`BaseModel`].
 
     Raises:
-        [`ConfigError`]: no such run, several, or figures of another base.
+        [`ConfigError`]: no such run, several, or figures of other weights or of another base.
     """
     recorded, anchor = results.get("base", {}).get("fingerprint"), (state.get("anchor") or {}).get("fingerprint")
     if recorded and anchor and recorded != anchor:
@@ -109,19 +111,40 @@ def pick_run(results: dict, state: Mapping[str, Any], name: str = "") -> dict:
             f"these results are of runs from another base model: its weights are sha256 {recorded}, this checkpoint's base "
             f"has {anchor}. Name the results of this checkpoint. Nothing was rendered."
         )
+    runs = results["runs"]
+    if fingerprint and any(map(measured, runs)):
+        if tied := [run for run in runs if measured(run) == fingerprint]:
+            return tied[0]  # several are the same weights
+        others = "\n".join(f"    {_run(run)}: sha256 {measured(run) or 'not recorded'}" for run in runs)
+        runs = [run for run in runs if not measured(run)]  # of a sweep that an older version began
+        if not runs:
+            raise ConfigError(
+                f"these results are of other weights than this checkpoint's, whose card would show another model's figures:\n"
+                f"    this checkpoint: sha256 {fingerprint}\n{others}\nMeasure this one: `hf-ewc evaluate --model … --base … "
+                "--output results.json`, and name that file. Nothing was rendered."
+            )
     strength, mode = state.get("ewc_lambda"), state.get("ewc_mode")
-    same = [run for run in results["runs"] if strength is None or float(run["ewc_lambda"]) == float(strength)]
+    same = [run for run in runs if strength is None or float(run["ewc_lambda"]) == float(strength)]
     called = card.last_part(name)
     by_mode = [run for run in same if run["mode"] == mode or (run["mode"] == "sft" and not strength)]
     by_name = [run for run in same if called in (run["mode"], run["metrics"].get("model", {}).get("name"))]
     for found in (by_mode, by_name, same):
         if len(found) == 1:
             return found[0]
-    runs = "\n".join(f"    {run['mode']}, λ = {run['ewc_lambda']:g}" for run in results["runs"]) or "    none"
+    listed = "\n".join(f"    {_run(run)}" for run in results["runs"]) or "    none"
     raise ConfigError(
         f"the results hold {len(same) or 'no'} runs that could be this checkpoint (mode {mode}, λ = {strength}, '{name}'):\n"
-        f"{runs}\nName the `results.json` in which this model was measured. Nothing was rendered."
+        f"{listed}\nName the `results.json` in which this model was measured. Nothing was rendered."
     )
+
+
+def measured(run: dict) -> str | None:
+    """Fingerprint of the weights that a run's figures are of; older files do not have it."""
+    return (run["metrics"].get("model") or {}).get("fingerprint")
+
+
+def _run(run: dict) -> str:
+    return f"{run['mode']}, λ = {run['ewc_lambda']:g}"
 
 
 def _dataset(results: dict, name: str, score: dict) -> tuple[str | None, str | None]:

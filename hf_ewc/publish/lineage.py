@@ -11,9 +11,9 @@ from typing import Any
 from huggingface_hub import HfApi, RepoCard, RepoFile
 
 from ..artifact import Manifest, base, card
-from ..errors import DataError, EWCError, HubError, HubUnavailableError
+from ..errors import ConfigError, DataError, EWCError, HubError, HubUnavailableError
 from ..files import STATE_FILE
-from ..hub import fetch_file, is_repo_id, pin, plain_errors
+from ..hub import count, fetch_file, is_repo_id, pin, plain_errors
 from .origins import Origin, base_of, data_of, fisher_of, parts_of
 
 MANIFEST = "fisher_config.json"
@@ -48,7 +48,8 @@ def lineage(source: str, revision: str | None = None, token: str | bool | None =
     Follow checkpoint → Fisher → base → probes. No weights are downloaded: the Hub knows the sha256 of each large file.
 
     Args:
-        source (`str`): a folder or an id on the Hub, of a model that was trained with hf_ewc or of a Fisher.
+        source (`str`): a folder or an id on the Hub (`user/name`, `user/name@revision`), of a model that was trained with
+            hf_ewc or of a Fisher.
         revision (`str`, *optional*): branch, tag or commit on the Hub.
         token (`str` or `bool`, *optional*): as for `huggingface_hub`.
 
@@ -66,8 +67,10 @@ def lineage(source: str, revision: str | None = None, token: str | bool | None =
             f"'{source}' holds neither {STATE_FILE} nor {MANIFEST}, so nothing says where it comes from. Name what `hf-ewc "
             "train` or `hf-ewc fisher` wrote."
         )
+    given = source
+    source, revision = split_revision(source, revision)
     if not is_repo_id(source):
-        raise DataError(f"'{source}' is neither a folder on this machine nor an id on the Hub (`user/name`).")
+        raise DataError(f"'{given}' is neither a folder on this machine nor an id on the Hub (`user/name`).")
     refusals = []
     for repo_type, file in (("model", STATE_FILE), ("dataset", MANIFEST)):
         try:
@@ -85,19 +88,44 @@ def lineage(source: str, revision: str | None = None, token: str | bool | None =
 
 
 def remote_state(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> dict[str, Any]:
-    """`ewc_state.json` of a model on the Hub."""
+    """`ewc_state.json` of a model on the Hub, named with or without `@revision`."""
+    repo_id, revision = split_revision(repo_id, revision)
     return _json(fetch_file(repo_id, "model", pin(repo_id, "model", revision, token), STATE_FILE, token))
 
 
+def remote_fingerprint(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> str | None:
+    """Fingerprint of a model's weights by the Hub's hashes, without a download; `None` where the Hub does not state them."""
+    repo_id, revision = split_revision(repo_id, revision)
+    model = Origin("base model", repo_id, True, pin(repo_id, "model", revision, token))
+    return _Walk(token, local=False).fingerprint(model)[0]
+
+
+def split_revision(source: str, revision: str | None) -> tuple[str, str | None]:
+    """`user/name@revision` in its parts; a [`ConfigError`] if the setting names another revision."""
+    repo_id, _, suffix = source.partition("@")
+    if suffix and revision is not None and suffix != revision:
+        raise ConfigError(f"'{source}' names revision '{suffix}', and the setting names '{revision}'. Give one of them.")
+    return repo_id, revision or suffix or None
+
+
 def lineage_text(links: Iterable[Link]) -> str:
-    """The chain for a terminal, each link indented below the one that it belongs to."""
-    lines = []
-    for link in links:
-        indent = "   " * link.depth
-        lines.append(f"{indent}└─ {link.what}  {link.id or 'in memory'}{f' @ {link.revision}' if link.revision else ''}")
+    """The chain for a terminal, as a tree: each link hangs below the one that it belongs to."""
+    links, lines = list(links), []
+    for number, link in enumerate(links):
+        trunks = [_goes_on(links, number, depth) for depth in range(1, link.depth + 1)]
+        before = "".join("│  " if trunk else "   " for trunk in trunks[:-1])
+        branch, below = ("├─ ", "│  ") if trunks and trunks[-1] else ("└─ ", "   ") if trunks else ("", "")
+        lines.append(f"{before}{branch}{link.what}  {link.id or 'in memory'}{f' @ {link.revision}' if link.revision else ''}")
+        below += "│  " if _goes_on(links, number, link.depth + 1) else "   "
         verdict = {True: "verified: ", False: "MISMATCH: ", None: ""}[link.verified] + link.note
-        lines += [f"{indent}   {part}" for part in (link.digest and f"sha256 {link.digest}", verdict) if part]
+        said = [f"sha256 {link.digest}"] * bool(link.digest) + verdict.splitlines()
+        lines += [f"{before}{below}{line}" for line in said]
     return "\n".join(lines)
+
+
+def _goes_on(links: list[Link], number: int, depth: int) -> bool:
+    """Whether the trunk at this depth goes on below a link: there is another link at it before one further out."""
+    return next((later.depth == depth for later in links[number + 1 :] if later.depth <= depth), False)
 
 
 def card_lineage(text: str) -> list[dict[str, Any]]:
@@ -116,7 +144,9 @@ class _Walk:
         self.seen.add((name, commit))
         strength = state.get("ewc_lambda")
         how = f"λ = {strength:g}, " if strength is not None else ""
-        note = f"{how}{state.get('ewc_mode') or 'no penalty'}, {state.get('global_step', '?')} steps"
+        steps = state.get("global_step")
+        note = f"{how}{state.get('ewc_mode') or 'no penalty'}, {'? steps' if steps is None else count(steps, 'step')}"
+        note += "; the base model above, as it was trained" if depth else "; the chain starts here: nothing to compare it with"
         links = [Link("checkpoint", name, commit, None, None, note, depth)]
         anchor, parts = base_of(state), parts_of(state)
         for number, part in enumerate(parts, 1):
@@ -155,7 +185,7 @@ class _Walk:
     def fisher(self, manifest: Manifest, origin: Origin, depth: int) -> list[Link]:
         """A Fisher whose manifest was read (which checks its digest); `origin.sha256` is the digest that was recorded."""
         digest = manifest.digest
-        verified, note = None, "its manifest is whole" if origin.sha256 is None else ""
+        verified, note = None, "its manifest is whole" if depth else "the chain starts here; its manifest is whole"
         if origin.sha256 not in (None, digest):
             verified, note = False, f"recorded sha256 {origin.sha256}, but what lies there has {digest}"
         elif origin.on_hub:
@@ -223,29 +253,33 @@ class _Walk:
         ]
         if wrong:
             return False, "; ".join(wrong)
-        small = sum(there is None for there in found.values())
+        small, all_files = sum(there is None for there in found.values()), count(len(files), "file")
         if small:
-            return None, f"not verified: the Hub states no sha256 for {small} of {len(files)} files, as they are small"
-        return True, f"the Hub's hashes of {len(files)} files are the recorded ones"
+            return None, f"not verified: of {all_files}, {small} too small for the Hub to state a sha256"
+        return True, f"the Hub states the recorded sha256 for {all_files}"
 
     def compare_fingerprint(self, origin: Origin) -> tuple[bool | None, str]:
         """The same for a base of which only the fingerprint over all weight files was recorded."""
+        there, number = self.fingerprint(origin)
+        if origin.sha256 is None or there is None:
+            return None, "not verified: a hash is missing, here or on the Hub"
+        if there != origin.sha256:
+            return False, f"recorded sha256 {origin.sha256} over the weight files, on the Hub {there}"
+        return True, f"the Hub's hashes ({count(number, 'file')}) give the recorded one"
+
+    def fingerprint(self, origin: Origin) -> tuple[str | None, int]:
+        """Fingerprint of a model at its commit by the Hub's hashes, if they are there, and over how many files."""
         names = ["model.safetensors"]
         if not self.hashes(origin, names):
             index = fetch_file(str(origin.source), "model", str(origin.revision), "model.safetensors.index.json", self.token)
             names = sorted(set(_json(index)["weight_map"].values()))
         found = {name: there for name, there in self.hashes(origin, names).items() if there is not None}
-        if origin.sha256 is None or len(found) < len(names):
-            return None, "not verified: a hash is missing, here or on the Hub"
-        there = base.fingerprint(found)
-        if there != origin.sha256:
-            return False, f"recorded sha256 {origin.sha256} over the weight files, on the Hub {there}"
-        return True, f"the Hub's hashes of {len(names)} files give the recorded one"
+        return (base.fingerprint(found) if len(found) == len(names) else None), len(names)
 
     def hashes(self, origin: Origin, names: Iterable[str]) -> dict[str, str | None]:
         """The Hub's sha256 of those of the files that are there; `None` for small ones, which are no LFS files."""
         source, kind, revision = str(origin.source), origin.repo_type, origin.revision
-        with plain_errors("read the hashes", source, kind, revision):
+        with plain_errors("read the hashes of", source, kind, revision):
             infos = HfApi(token=self.token).get_paths_info(source, list(names), revision=revision, repo_type=kind)
         return {info.path: info.lfs.sha256 if info.lfs else None for info in infos if isinstance(info, RepoFile)}
 

@@ -66,7 +66,7 @@ args = EWCConfig("out", ewc_lambda=1.0, fisher="{repo_id}", model_init_kwargs={{
 trainer = EWCTrainer("{model}", args, train_dataset=corpus)
 trainer.train()
 ```
-
+{card.PIN}
 {card.LIMITS}
 ## Licence
 

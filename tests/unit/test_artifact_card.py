@@ -16,7 +16,7 @@ from test_artifact_store import T, make_fisher
 from hf_ewc.artifact import ADAM_PATH, BaseModel, FisherInformation, StabilityRecord
 from hf_ewc.artifact import summary as summary_module
 from hf_ewc.artifact.card import render_card
-from hf_ewc.artifact.picture import trace_picture
+from hf_ewc.artifact.picture import _bars, trace_picture
 from hf_ewc.artifact.summary import describe
 from hf_ewc.hub import Licence
 
@@ -136,6 +136,16 @@ def test_the_manifest_on_disk_is_readable_and_ordered_like_the_model(folder):
     assert "folder" not in data["base_model"]
 
 
+def test_the_card_says_which_version_made_it(manifest):
+    assert f"\nMade with hf_ewc {manifest.versions['hf_ewc']}.\n" in render_card(manifest)
+    assert "Made with" not in render_card(replace(manifest, versions={}))
+
+
+def test_the_licence_of_a_local_base_points_to_no_page(manifest):
+    text = render_card(manifest).split("## Licence\n\n")[1]
+    assert text == "Derived from the base model, whose terms apply here, too.\n"
+
+
 def test_the_card_says_what_was_squared_and_how_well_the_halves_agree(manifest):
     estimator = replace(
         manifest.estimator,
@@ -185,6 +195,9 @@ def test_the_card_of_a_repository_names_it_with_its_licence_probe_and_base_commi
         assert part in text
     assert "path/to/this/folder" not in text
     assert "trace.png" not in text
+    assert 'Pin it with `fisher_revision="…"` in `EWCConfig`: the commit of this page, or a tag.' in text
+    assert "fisher_revision" not in render_card(at_hub), "a folder has no commits"
+    assert "page states no licence; its terms apply here, too." in render_card(at_hub, licence=Licence())
     example = text.split("```python\n")[1].split("```")[0]
     compile(example, "card", "exec")
     assert len([line for line in example.splitlines() if line]) == 4
@@ -202,6 +215,13 @@ def test_the_card_shows_where_the_trace_lies(folder, manifest):
     assert set(share) == {*THIRDS, *GROUPS}
     parts = [sum(float(share[name].rstrip("%")) for name in names) for names in (THIRDS, GROUPS)]
     assert parts == pytest.approx([100, 100], abs=0.3)
+
+
+def test_the_bar_of_the_final_norm_is_not_called_as_all_norms_are(folder):
+    rows = pq.read_table(folder / "summary/params.parquet").to_pylist()
+    assert list(_bars(rows)) == ["embedding", "0", "1", "final norm"]
+    other = {**rows[-1], "layer": None, "group": "norm", "module": "word_embeddings_layernorm"}
+    assert list(_bars([*rows, other]))[-1] == "other norms"
 
 
 def test_the_picture_of_the_trace_is_the_same_for_the_same_rows(folder):

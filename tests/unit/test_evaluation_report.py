@@ -121,6 +121,10 @@ def test_broken_results_are_refused_with_the_reason(tmp_path):
     path.write_text('{"schema": 1, "bef')
     with pytest.raises(DataError, match="cannot read"):
         load_results(path)
+    for other in ({"models": {}, "versions": {}}, [1]):
+        path.write_text(json.dumps(other))
+        with pytest.raises(DataError, match=r"is no results\.json of `hf-ewc evaluate --base … --output` or of a sweep"):
+            load_results(path)
     path.write_text(json.dumps(sweep(1, 1) | {"schema": 2}))
     with pytest.raises(DataError, match="schema 2, but this version of hf_ewc reads schema 1"):
         load_results(path)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+import shutil
 from typing import Any
 
 import pytest
 import tiny
 import torch
 
-from hf_ewc import EvaluationConfig
+from hf_ewc import BaseModel, EvaluationConfig
 from hf_ewc.errors import ConfigError, DataError, EWCError
 from hf_ewc.evaluation import evaluate_model, question_prompt, questions, score_questions, score_texts
 
@@ -86,6 +87,20 @@ def test_a_folder_scores_as_the_model_in_it(base_folder, tokenizer, files):
     assert from_folder["questions"] == in_memory["questions"]
     assert from_folder["model"]["name"] == base_folder.name
     assert from_folder["model"]["architecture"] == "Gemma2ForCausalLM"
+    assert from_folder["model"]["fingerprint"] == BaseModel.resolve(base_folder).fingerprint
+    assert from_folder["model"]["revision"] is None
+    assert in_memory["model"]["fingerprint"] is None
+
+
+def test_a_model_of_pickles_is_measured_but_has_no_hash(base_folder, tokenizer, files, tmp_path):
+    for path in base_folder.iterdir():
+        if path.suffix != ".safetensors":
+            shutil.copy(path, tmp_path)
+    torch.save(tiny.make_model(len(tokenizer)).state_dict(), tmp_path / "pytorch_model.bin")
+    config = EvaluationConfig(texts=files["texts"], device="cpu")
+    metrics = evaluate_model(str(tmp_path), config)
+    assert metrics["model"]["fingerprint"] is None
+    assert metrics["texts"] == evaluate_model(base_folder, config)["texts"]
 
 
 def test_the_model_is_left_as_it_was_found(tokenizer, files):

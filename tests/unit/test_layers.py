@@ -12,7 +12,7 @@ FLOORS = {
     "artifact": 2,
     **dict.fromkeys(("fisher", "penalty"), 3),
     "evaluation": 4,
-    "publish": 5,
+    **dict.fromkeys(("publish", "merge", "compare"), 5),
     **dict.fromkeys(("callback", "trainer"), 6),
     "experiment": 7,
     **dict.fromkeys(("demo", "bench"), 8),

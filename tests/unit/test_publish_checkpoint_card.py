@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from hf_ewc import BaseModel
 from hf_ewc.errors import ConfigError
 from hf_ewc.hub import Licence
 from hf_ewc.publish import card_lineage, pick_run, render_checkpoint_card
+from hf_ewc.publish.checkpoint import checkpoint_files
 
 BASE, FISHER = "4f" * 20, "77" * 20
 
@@ -130,6 +135,83 @@ def test_a_run_that_cannot_be_told_is_an_error_and_no_guess(measured, said):
         render_checkpoint_card(STATE, repo_id="me/lt", results=measured)
 
 
+def of(digest: str | None, run: dict) -> dict:
+    """A run with the fingerprint of the weights that were measured."""
+    model = {**run["metrics"]["model"], **({"fingerprint": digest} if digest else {})}
+    return {**run, "metrics": {**run["metrics"], "model": model}}
+
+
+def test_a_run_is_the_checkpoints_by_the_hash_of_its_weights_whatever_it_is_called():
+    sft, proximal, loss = SWEEP["runs"]
+    tied = {**SWEEP, "runs": [of("11" * 32, sft), of("22" * 32, proximal), of("33" * 32, loss)]}
+    assert pick_run(tied, STATE, fingerprint="33" * 32)["mode"] == "loss"
+    text = render_checkpoint_card(STATE, repo_id="me/lt", results=tied, fingerprint="11" * 32)
+    assert "| proximal | 10 | 3.900 |" in text, "by Hub id `hf-ewc evaluate` knows no λ: the state does"
+    assert f"of weights with sha256 `{'11' * 32}`" in text
+    with pytest.raises(
+        ConfigError, match=f"this checkpoint: sha256 {'44' * 32}[\\s\\S]*proximal, λ = 10: sha256 {'22' * 32}"
+    ) as error:
+        pick_run(tied, STATE, fingerprint="44" * 32)
+    assert "`hf-ewc evaluate --model … --base … --output results.json`" in str(error.value)
+    begun_before = {**SWEEP, "runs": [of("11" * 32, sft), proximal, of("33" * 32, loss)]}
+    assert pick_run(begun_before, STATE, fingerprint="44" * 32)["mode"] == "proximal"
+
+
+def test_figures_that_cannot_be_tied_to_the_weights_say_so():
+    text = render_checkpoint_card(STATE, repo_id="me/lt", results=SWEEP, fingerprint="44" * 32)
+    assert "These figures were not tied to these weights by their hash." in text
+
+
+def test_a_push_takes_only_figures_of_the_very_weights(base_folder, tmp_path):
+    folder = Path(shutil.copytree(base_folder, tmp_path / "proximal"))
+    (folder / "ewc_state.json").write_text(json.dumps({**STATE, "anchor": None, "training": {}}))
+    own, run, results = BaseModel.resolve(folder).fingerprint, SWEEP["runs"][1], tmp_path / "results.json"
+    results.write_text(json.dumps({**SWEEP, "runs": [of("22" * 32, run)]}))
+    with pytest.raises(ConfigError, match=f"{own}[\\s\\S]*{'22' * 32}"):
+        checkpoint_files(folder, "me/lt", results=results)
+    results.write_text(json.dumps({**SWEEP, "runs": [of(own, run)]}))
+    assert f"`{own}`" in bytes(checkpoint_files(folder, "me/lt", results=results)["README.md"]).decode()
+
+
+def test_what_was_not_measured_is_told_in_one_sentence():
+    text = render_checkpoint_card(STATE, repo_id="me/lt")
+    assert "not measured" not in text
+    section = text.split("## What it kept, what it learned\n\n")[1].split("\n\n## Use")[0]
+    assert section == (
+        "Not measured yet. `hf-ewc evaluate --model … --base … --output results.json`, then push again with it (`--results`)."
+    )
+
+
+def test_the_card_says_what_made_it_without_a_link():
+    assert "\nMade with hf_ewc 0.7.\n" in render_checkpoint_card({**STATE, "hf_ewc": "0.7"}, repo_id="me/lt")
+    assert "Made with" not in render_checkpoint_card(STATE, repo_id="me/lt")
+
+
+@pytest.mark.parametrize(
+    ("language", "inputs"),
+    [
+        (None, 'tokenizer("Once upon a time", return_tensors="pt")\n'),
+        (["lt", "en-GB"], 'tokenizer("Once upon a time", return_tensors="pt")\n'),
+        ("lt", 'tokenizer("", return_tensors="pt")  # your text\n'),
+        (["lt", "lv"], 'tokenizer("", return_tensors="pt")  # your text\n'),
+    ],
+)
+def test_the_example_is_english_only_for_models_that_read_it(language, inputs):
+    text = render_checkpoint_card(STATE, repo_id="me/lt", language=language)
+    assert inputs in text
+    compile(text.split("```python\n")[1].split("```")[0], "card", "exec")
+
+
+def test_the_licence_of_a_base_that_states_none_or_has_no_page():
+    silent = render_checkpoint_card(STATE, repo_id="me/lt", licence=Licence())
+    assert "The base model's page states no licence; its terms apply here, too." in silent
+    local = {**STATE, "anchor": {"id": "runs/base", "revision": None, "fingerprint": "cd" * 32}}
+    section = render_checkpoint_card(local, repo_id="me/lt").split("## Licence\n\n")[1].split("\n\n")[0]
+    assert section == "Derived from the base model, whose terms apply here, too."
+    stated = render_checkpoint_card(local, repo_id="me/lt", licence=Licence("mit"))
+    assert "`mit`, inherited from the base model." in stated
+
+
 def test_plain_fine_tuning_is_called_so():
     state = {"global_step": 5, "ewc_lambda": 0.0, "fisher": None, "anchor": None}
     text = render_checkpoint_card(state, repo_id="me/sft", results=SWEEP)
@@ -172,6 +254,8 @@ def test_what_was_not_recorded_says_so():
         assert part in text
     assert "--model MODEL --dataset DATASET" in text
     assert "None" not in text
+    assert "All weights of a base model that was not recorded, trained further on data that was not recorded" in text
+    assert "(`push_to_hub(dataset_name=…)` names it).\n" in text
 
 
 def test_a_planned_card_marks_every_figure():

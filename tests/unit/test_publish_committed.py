@@ -61,7 +61,7 @@ def test_the_tiny_model_names_the_digest_of_the_tiny_fisher_and_the_same_base():
     manifest = json.loads((CARDS / "tiny-cpu-fisher/fisher_config.json").read_text(encoding="utf-8"))
     assert links["Fisher"]["sha256"] == manifest["digest"]
     assert links["base model"]["sha256"] == manifest["base_model"]["fingerprint"]
-    assert "| proximal | 10 |" in (CARDS / "tiny-cpu-checkpoint/README.md").read_text(encoding="utf-8")
+    assert "| proximal | 1000 |" in (CARDS / "tiny-cpu-checkpoint/README.md").read_text(encoding="utf-8")
 
 
 def test_a_changed_figure_shows_in_the_diff_and_writing_mends_it(cards):
@@ -70,10 +70,21 @@ def test_a_changed_figure_shows_in_the_diff_and_writing_mends_it(cards):
     results["runs"][0]["metrics"]["questions"]["facts"]["accuracy"] = 0.999
     path.write_text(json.dumps(results), encoding="utf-8")
     (diff,) = check_cards(cards)
-    assert re.search(r"^-\| proximal .* 45\.7 ±", diff, re.M)
+    assert re.search(r"^-\| proximal .* 54\.3 ±", diff, re.M)
     assert re.search(r"^\+\| proximal .* 99\.9 ±", diff, re.M)
     assert write_cards(cards) == [path.with_name("README.md")]
     assert check_cards(cards) == []
+
+
+def test_figures_of_other_weights_than_the_cards_are_refused(cards):
+    spec = cards / "tiny-cpu-checkpoint/card.yaml"
+    recorded = json.loads((cards / "tiny-cpu-checkpoint/results.json").read_text(encoding="utf-8"))
+    digest = recorded["runs"][0]["metrics"]["model"]["fingerprint"]
+    assert f"fingerprint: {digest}" in spec.read_text(encoding="utf-8")
+    assert digest in (cards / "tiny-cpu-checkpoint/README.md").read_text(encoding="utf-8")
+    spec.write_text(spec.read_text(encoding="utf-8").replace(digest, "ee" * 32), encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"{'ee' * 32}[\\s\\S]*{digest}"):
+        check_cards(cards)
 
 
 def test_a_missing_card_or_picture_is_stale(cards):

@@ -8,7 +8,7 @@ import pytest
 
 from hf_ewc import FisherInformation
 from hf_ewc.errors import DataError
-from hf_ewc.publish import lineage, lineage_text
+from hf_ewc.publish import Link, lineage, lineage_text
 
 
 @pytest.fixture
@@ -43,10 +43,42 @@ def test_a_folder_is_followed_as_far_as_this_machine_reaches(checkpoint, fisher_
         ("training data", None),
     ]
     assert links[2].note == "a local folder: cannot be followed"
-    assert links[0].note == "λ = 2, loss, 3 steps"
+    assert links[0].note == "λ = 2, loss, 3 steps; the chain starts here: nothing to compare it with"
     text = lineage_text(links)
-    assert f"\n   └─ Fisher  {fisher_folder}\n      sha256 {links[1].digest}\n      verified: " in text
-    assert "\n      └─ base model  " in text
+    assert f"\n├─ Fisher  {fisher_folder}\n│  │  sha256 {links[1].digest}\n│  │  verified: " in text
+    assert "\n│  ├─ base model  " in text
+
+
+def test_one_of_something_is_not_called_several(checkpoint):
+    assert "λ = 2, loss, 1 step;" in lineage(checkpoint(global_step=1))[0].note
+
+
+def test_the_tree_shows_what_hangs_below_what():
+    chain = [("checkpoint", 0), ("Fisher", 1), ("base model", 2), ("probe", 2), ("Fisher", 1), ("base model", 2), ("data", 1)]
+    links = [Link(what, "x", None, None, None, f"note {n}\nmore", depth) for n, (what, depth) in enumerate(chain)]
+    assert lineage_text(links).splitlines() == [
+        "checkpoint  x",
+        "│  note 0",
+        "│  more",
+        "├─ Fisher  x",
+        "│  │  note 1",
+        "│  │  more",
+        "│  ├─ base model  x",
+        "│  │     note 2",
+        "│  │     more",
+        "│  └─ probe  x",
+        "│        note 3",
+        "│        more",
+        "├─ Fisher  x",
+        "│  │  note 4",
+        "│  │  more",
+        "│  └─ base model  x",
+        "│        note 5",
+        "│        more",
+        "└─ data  x",
+        "      note 6",
+        "      more",
+    ]
 
 
 def test_another_fisher_in_the_folder_is_named_with_both_digests(checkpoint, fisher_folder):

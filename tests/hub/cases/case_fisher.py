@@ -15,10 +15,12 @@ import training
 from datasets import load_dataset
 from huggingface_hub import HfApi, hf_hub_download
 from safetensors.torch import load_file
+from server import Fault
 
 from hf_ewc import BaseModel, FisherInformation
 from hf_ewc.cli.main import main
 from hf_ewc.errors import DataError, FisherFormatError, HubError, HubUnavailableError
+from hf_ewc.hub import page, push_files
 
 TOKEN = "hf_owner"
 
@@ -180,8 +182,6 @@ def test_a_repository_without_a_fisher_is_told_before_anything_large_is_fetched(
 
 def test_two_pushes_at_once_one_wins_and_the_other_is_told(hub, name, folder, second):
     fisher, other = FisherInformation.from_pretrained(folder), FisherInformation.from_pretrained(second)
-    from server import Fault
-
     fisher.push_to_hub(name)
     winner = []
     # while the other's commit is on its way, this one gets in
@@ -194,10 +194,13 @@ def test_two_pushes_at_once_one_wins_and_the_other_is_told(hub, name, folder, se
 
 def _push_elsewhere(name: str, hub) -> str:
     """A commit by another process, past the fault that is being served."""
-    code = (
-        "from huggingface_hub import HfApi; import sys; "
-        f"print(HfApi().upload_file(path_or_fileobj=b'x', path_in_repo='NOTICE', repo_id={name!r}, repo_type='dataset').oid)"
+    return _run(
+        f"print(api.upload_file(path_or_fileobj=b'x', path_in_repo='NOTICE', repo_id={name!r}, repo_type='dataset').oid)"
     )
+
+
+def _run(code: str) -> str:
+    code = f"from huggingface_hub import HfApi; api = HfApi(); {code}"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
@@ -230,8 +233,6 @@ def _push_elsewhere(name: str, hub) -> str:
     ids=["401", "403", "404-repo", "404-revision", "404-file"],
 )
 def test_refusals_of_a_pull_are_told_in_words(hub, name, folder, tmp_path, fault, kind, part):
-    from server import Fault
-
     FisherInformation.from_pretrained(folder).push_to_hub(name)
     hub.faults.append(Fault(**fault))
     with pytest.raises(kind) as error:
@@ -242,8 +243,6 @@ def test_refusals_of_a_pull_are_told_in_words(hub, name, folder, tmp_path, fault
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_busy_hub_is_asked_again(hub, name, folder, status):
-    from server import Fault
-
     for pattern in ("GET /api/datasets/", "/preupload/", "/repos/create", "/commit/", rf"HEAD .*{name}/resolve/"):
         hub.faults.append(Fault(pattern, status=status))
     FisherInformation.from_pretrained(folder).push_to_hub(name)
@@ -251,19 +250,98 @@ def test_a_busy_hub_is_asked_again(hub, name, folder, status):
 
 
 def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub, name, folder):
-    from server import Fault
-
     hub.faults.append(Fault("POST .*/commit/", truncate=0))
     pushed = FisherInformation.from_pretrained(folder).push_to_hub(name)
     assert len([entry for entry in hub.log if "/commit/" in entry[1]]) == 1
     assert FisherInformation.from_pretrained(name).place.commit == pushed.commit
 
 
-def test_a_hub_that_stays_down_is_a_failure_of_the_hub(hub, name, folder, monkeypatch, capsys):
-    from server import Fault
+def test_a_lost_answer_to_a_commit_that_deletes_is_no_second_commit_either(hub, name, folder, second):
+    FisherInformation.from_pretrained(second).push_to_hub(name)
+    hub.faults.append(Fault("POST .*/commit/", truncate=0))
+    pushed = FisherInformation.from_pretrained(folder).push_to_hub(name)
+    assert pushed.commit == HfApi().repo_info(name, repo_type="dataset").sha
+    assert FisherInformation.from_pretrained(name).place.commit == pushed.commit
 
+
+def test_a_commit_that_only_deletes_is_not_taken_for_done_when_it_failed(hub, name):
+    push_files({"a.txt": b"a", "b.txt": b"b"}, name, "dataset", message="two")
+    hub.faults.append(Fault("POST .*/commit/", status=503))
+    push_files({"a.txt": b"a"}, name, "dataset", message="one", delete=["b.*"])
+    assert "b.txt" not in files_of(name)
+
+
+def test_two_first_pushes_do_not_mix(hub, name, folder):
+    """Somebody else creates the repository, and fills it, after this push has looked and found none."""
+    FisherInformation.from_pretrained(folder).push_to_hub(f"{name}-warm")
+
+    def meanwhile():
+        _run(
+            f"api.create_repo({name!r}, repo_type='dataset'); api.upload_file(path_or_fileobj=b'x', "
+            f"path_in_repo='x.txt', repo_id={name!r}, repo_type='dataset')"
+        )
+
+    hub.faults.append(Fault("POST /api/repos/create", before=meanwhile))
+    with pytest.raises(HubError, match="did not exist when this push began"):
+        FisherInformation.from_pretrained(folder).push_to_hub(name)
+    assert files_of(name) == {".gitattributes", "x.txt"}
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])  # the client itself waits for the others
+def test_a_hub_that_does_not_list_its_files_is_not_taken_for_a_damaged_fisher(hub, name, folder, tmp_path, status):
+    pushed = FisherInformation.from_pretrained(folder).push_to_hub(name)
+    hub.faults.append(Fault("GET .*/tree/", status=status, times=99))
+    fisher = FisherInformation.from_pretrained(name, pushed.commit, cache_dir=tmp_path)
+    assert_same(fisher, FisherInformation.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("revision", ["v1", "a" * 40, "refs/pr/1"])
+def test_a_push_goes_to_a_branch_and_not_to_what_only_looks_like_one(hub, name, folder, second, revision):
+    FisherInformation.from_pretrained(folder).push_to_hub(name, tag="v1")
+    with pytest.raises(HubError, match="Name a branch"):
+        FisherInformation.from_pretrained(second).push_to_hub(name, revision=revision)
+    with pytest.raises(HubError, match="made against `main`"):
+        FisherInformation.from_pretrained(second).push_to_hub(name, revision="new", create_pr=True)
+    assert [branch.name for branch in HfApi().list_repo_refs(name, repo_type="dataset").branches] == ["main"]
+
+
+def test_a_tag_that_somebody_else_took_in_the_meantime_is_told(hub, name, folder):
+    FisherInformation.from_pretrained(folder).push_to_hub(name)
+    push_files({"NOTICE": b"x"}, name, "dataset", message="x")
+    first = HfApi().list_repo_commits(name, repo_type="dataset")[-1].commit_id
+    hub.faults.append(
+        Fault(
+            "POST .*/tag/", before=lambda: _run(f"api.create_tag({name!r}, tag='v1', revision={first!r}, repo_type='dataset')")
+        )
+    )
+    with pytest.raises(HubError, match="somebody else gave the tag 'v1'"):
+        push_files({"NOTICE": b"y"}, name, "dataset", message="y", tag="v1")
+
+
+def test_no_secret_is_repeated_even_where_the_hub_repeats_it(hub, name, monkeypatch):
+    hub.faults.append(Fault("GET ", status=403, message="no access for odd-token-1"))
+    with pytest.raises(HubError) as error:
+        FisherInformation.from_pretrained(name, token="odd-token-1")
+    assert "odd-token-1" not in str(error.value)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://me:hunter2@127.0.0.1:1")
+    assert "hunter2" not in page(name)
+
+
+@pytest.mark.parametrize("status", [403, 500])
+def test_content_that_is_refused_is_told_in_words(hub, name, base_folder, tmp_path, status, capsys):
+    if hub.xet and status == 500:
+        pytest.skip("the client's Xet asks for four minutes")
+    folder = training.make_fisher(base_folder, seed=300 + status).save_pretrained(tmp_path / "f", codec="float32")
+    hub.faults.append(Fault("PUT /lfs/|/xet-write-token/", status=status, times=99))
+    code = main(["push", "fisher", "--fisher", str(folder), "--repo_id", name])
+    said = capsys.readouterr().err
+    assert code == (2 if status == 403 else 1), said
+    assert "cannot push to the dataset" in said
+    assert files_of(name) == {".gitattributes"}
+
+
+def test_a_hub_that_stays_down_is_a_failure_of_the_hub(hub, name, folder, capsys):
     hub.faults.append(Fault(rf"POST .*{name}/commit/", status=500, times=99))
-    monkeypatch.setattr("hf_ewc.hub.patience.WAITS", (0.1, 0.1))
     assert main(["push", "fisher", "--fisher", str(folder), "--repo_id", name]) == 1
     said = capsys.readouterr()
     assert "failed with 500" in said.err
@@ -306,14 +384,13 @@ def test_the_command_line_pushes_pulls_and_copies(hub, name, folder, tmp_path, c
 
 
 def test_a_killed_push_leaves_the_old_state_or_the_new_one_and_goes_on(hub, name, base_folder, folder, tmp_path):
-    """Killed at a random request, ten times; each time a pull sees one Fisher or the other, whole."""
-    from server import Fault
-
+    """Killed at a random request, ten times with Xet; each time a pull sees one Fisher or the other, whole."""
     chance = random.Random(7)
     old = FisherInformation.from_pretrained(folder)
     old.push_to_hub(name)
     kills, before_commit = 0, 0
-    for number in range(10):
+    rounds = 10 if hub.xet else 4
+    for number in range(rounds):
         made = training.make_fisher(base_folder, seed=100 + number)
         new = FisherInformation.from_pretrained(
             made.save_pretrained(tmp_path / f"{number}", codec="float32", max_shard_size="200KB")
@@ -336,13 +413,11 @@ def test_a_killed_push_leaves_the_old_state_or_the_new_one_and_goes_on(hub, name
         new.push_to_hub(name)
         assert FisherInformation.from_pretrained(name).sha256 == new.sha256
         old = new
-    assert kills == 10
-    assert 3 <= before_commit <= 5, "some while the content was on its way, some after the commit"
+    assert kills == rounds
+    assert 1 <= before_commit <= rounds // 2, "some while the content was on its way, some after the commit"
 
 
 def test_a_push_that_was_broken_off_does_not_send_again_what_arrived(hub, name, base_folder, tmp_path):
-    from server import Fault
-
     made = training.make_fisher(base_folder, seed=200)
     fisher = FisherInformation.from_pretrained(made.save_pretrained(tmp_path / "f", codec="float32"))
     hub.faults.append(Fault(".*/commit/", status=403))

@@ -12,10 +12,11 @@ import tiny
 import torch
 from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download
 
-from hf_ewc import BaseModel, FisherInformation
+from hf_ewc import BaseModel, EvaluationConfig, FisherInformation, evaluate_model
 from hf_ewc.artifact import EstimatorRecord, ProbeRecord
 from hf_ewc.cli.main import main
 from hf_ewc.errors import HubError
+from hf_ewc.evaluation import save_results
 from hf_ewc.files import STATE_FILE
 from hf_ewc.publish import card_lineage, lineage, push_checkpoint
 
@@ -87,6 +88,8 @@ def test_every_link_is_followed_to_its_commit_and_verified_without_downloading_w
     ]
     assert [link.revision for link in links] == [chain.commits[k] for k in ("model", "fisher", "base", "probe", "probe")]
     assert [link.verified for link in links] == [None, True, True, True, True]
+    assert links[0].note.endswith("; the chain starts here: nothing to compare it with")
+    assert "for 1 file" in links[2].note
     assert links[2].digest == chain.base.fingerprint
     assert hub.bytes_served - before < 100_000, "the weights are larger"
     assert not [path for method, path, *_ in hub.log if method == "GET" and ".safetensors" in path]
@@ -138,7 +141,7 @@ def test_another_fisher_at_the_recorded_commit_is_named_with_both_hashes(hub, ch
     assert main(["card", "--lineage", chain.model]) == 2
     printed = capsys.readouterr()
     assert "MISMATCH" in printed.out
-    assert "1 of" in printed.err
+    assert "1 of 4 links is not what was recorded" in printed.err
 
 
 def test_other_weights_at_the_recorded_commit_of_the_base_are_named_with_both_hashes(hub, chain, tokenizer, tmp_path):
@@ -190,6 +193,55 @@ def test_a_fisher_that_is_gone_is_reported_in_its_place(hub, chain, capsys):
     assert "not verified" in links[1].note
     assert links[-1].what == "training data", "the rest is followed nevertheless"
     assert main(["card", "--lineage", chain.model]) == 0
+
+
+def test_a_revision_may_stand_behind_the_id(hub, chain, base_folder, tmp_path, capsys):
+    shutil.copytree(base_folder, tmp_path / "later")
+    state = {"schema": 1, "ewc_lambda": 77.0, "global_step": 1, "fisher": None, "anchor": None}
+    (tmp_path / "later" / STATE_FILE).write_text(json.dumps(state))
+    later = push_checkpoint(tmp_path / "later", chain.model).commit
+    first = chain.commits["model"]
+    for words, commit, strength in (([f"{chain.model}@{first}"], first, 2), ([f"{chain.model}@main"], later, 77)):
+        assert main(["card", "--lineage", *words]) == 0
+        assert capsys.readouterr().out.startswith(f"checkpoint  {chain.model} @ {commit}\n")
+        assert main(["card", "--model", *words]) == 0
+        printed = capsys.readouterr().out
+        assert f"| λ | {strength} |" in printed
+        assert f"# {chain.model}\n" in printed
+    assert main(["card", "--lineage", f"{chain.fisher}@main", "--revision", "main"]) == 0
+    assert main(["card", "--lineage", f"{chain.fisher}@main", "--revision", first]) == 2
+    assert f"names revision 'main', and the setting names '{first}'" in capsys.readouterr().err
+
+
+def test_a_model_on_the_hub_is_measured_at_a_commit_and_its_card_takes_no_other_figures(
+    hub, chain, tokenizer, tmp_path, capsys
+):
+    texts = {"old": str(tiny.write_jsonl(tmp_path / "old.jsonl", [{"text": tiny.TEXTS[0]}]))}
+    before = evaluate_model(chain.base.id, EvaluationConfig(texts=texts, window=32))
+    assert (before["model"]["revision"], before["model"]["fingerprint"]) == (chain.base.revision, chain.base.fingerprint)
+    run = {"mode": "model", "ewc_lambda": 2.0, "metrics": before, "log": {}, "seconds": None}
+    results, settings = tmp_path / "results.json", {"old": "old", "new": "old"}
+    content = {"schema": 1, "base": before["model"], "before": before, "settings": settings, "versions": {}}
+    words = ["card", "--model", chain.model, "--results", str(results)]
+    save_results({**content, "runs": [run]}, results)
+    assert main(words) == 0, "the tiny model was not trained, so its weights are those of the base"
+    assert f"`{chain.base.fingerprint}`" in capsys.readouterr().out
+
+    HfApi().upload_folder(folder_path=tiny.save_base(tmp_path / "other", tokenizer, seed=5), repo_id=chain.base.id)
+    after = evaluate_model(chain.base.id, EvaluationConfig(texts=texts, window=32))
+    there = BaseModel.resolve(tmp_path / "other").fingerprint
+    assert (after["model"]["revision"], after["model"]["fingerprint"]) == (HfApi().model_info(chain.base.id).sha, there)
+    assert after["texts"] != before["texts"]
+    pinned = evaluate_model(chain.base.id, EvaluationConfig(texts=texts, window=32, revision=chain.base.revision))
+    assert (pinned["model"], pinned["texts"]) == (before["model"], before["texts"])
+    save_results({**content, "runs": [{**run, "metrics": after}]}, results)
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert there in told
+    assert chain.base.fingerprint in told
+    save_results({**content, "base": after["model"], "before": after, "runs": [run]}, results)
+    assert main(words) == 2
+    assert f"its weights are sha256 {there}" in capsys.readouterr().err, "a base that it was not trained from"
 
 
 def test_what_may_not_be_seen_is_refused_with_both_reasons(hub, name, capsys):

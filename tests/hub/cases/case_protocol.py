@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet
+import numpy as np
 import pytest
-import tiny
-import torch
-from datasets import load_dataset
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
     HfFileSystem,
     ModelCard,
-    constants,
+    errors,
     hf_hub_download,
     snapshot_download,
 )
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError
 from server import Fault
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 OTHER = "hf_other"  # bob's token
 CONTENT = "GET (/cdn/|/cas/xorb/)"
@@ -64,7 +54,6 @@ def test_this_leg_takes_the_path_that_it_is_named_after(hub, api, repo):
     add(api, repo)
     assert bool(hub.count("POST /cas/v1/shards")) == hub.xet
     assert bool(hub.count("PUT /lfs/")) == (not hub.xet)
-    assert not constants.HF_HUB_OFFLINE
 
 
 def test_a_repository_is_created_once_and_only_in_ones_own_namespace(api, name):
@@ -103,9 +92,10 @@ def test_a_large_file_comes_back_and_a_second_upload_sends_nothing(hub, api, rep
 
 @pytest.mark.parametrize("kind", ["floats", "small", "text"])
 def test_content_of_every_kind_survives(api, repo, kind):
-    values = {"floats": torch.arange(300_000, dtype=torch.float32).numpy().tobytes(), "small": b"ab", "text": b"abc\n" * 70_000}
-    add(api, repo, f"{kind}.bin", values[kind])  # the float32 are grouped by byte before Xet compresses them
-    assert Path(hf_hub_download(repo, f"{kind}.bin")).read_bytes() == values[kind]
+    floats = np.arange(300_000, dtype=np.float32).tobytes()  # are grouped by byte before Xet compresses them
+    content = {"floats": floats, "small": b"ab", "text": b"abc\n" * 70_000}[kind]
+    add(api, repo, f"{kind}.bin", content)
+    assert Path(hf_hub_download(repo, f"{kind}.bin")).read_bytes() == content
 
 
 def test_a_folder_is_uploaded_and_downloaded_again(api, repo, tmp_path):
@@ -116,7 +106,7 @@ def test_a_folder_is_uploaded_and_downloaded_again(api, repo, tmp_path):
     api.upload_folder(repo_id=repo, folder_path=tmp_path / "up")
     snapshot = Path(snapshot_download(repo, allow_patterns=["a.txt", "b/*"]))
     assert {path: (snapshot / path).read_bytes() for path in files} == files
-    api.create_commit(repo, [CommitOperationDelete("b/d/", is_folder=True)], commit_message="smaller")
+    api.create_commit(repo, [CommitOperationDelete("b/d/e.json")], commit_message="smaller")
     assert sorted(api.list_repo_files(repo)) == [".gitattributes", "a.txt", "b/c.bin"]
     assert api.list_repo_commits(repo)[0].title == "smaller"
 
@@ -151,20 +141,16 @@ def test_a_branch_with_a_slash_and_a_tag_are_revisions(api, repo):
         api.create_tag(repo, tag="v1")
     assert status_of(error) == 409
     api.create_tag(repo, tag="v1", exist_ok=True)
-    api.delete_tag(repo, tag="v1")
-    api.delete_branch(repo, branch="exp/a")
-    assert not api.revision_exists(repo, "v1")
-    assert not api.revision_exists(repo, "exp/a")
 
 
 def test_what_is_missing_is_named(api, repo, name):
-    with pytest.raises(RepositoryNotFoundError):
+    with pytest.raises(errors.RepositoryNotFoundError):
         hf_hub_download(f"{name}-missing", "a.txt")
-    with pytest.raises(RevisionNotFoundError):
+    with pytest.raises(errors.RevisionNotFoundError):
         hf_hub_download(repo, "a.txt", revision="v9")
-    with pytest.raises(EntryNotFoundError):
+    with pytest.raises(errors.EntryNotFoundError):
         hf_hub_download(repo, "a.txt")
-    with pytest.raises(EntryNotFoundError):
+    with pytest.raises(errors.EntryNotFoundError):
         list(api.list_repo_tree(repo, "folder"))
 
 
@@ -172,17 +158,16 @@ def test_a_private_repository_does_not_exist_for_others(api, repo, tmp_path):
     add(api, repo)
     api.update_repo_settings(repo, private=True)
     for token in (OTHER, False):
-        with pytest.raises(RepositoryNotFoundError):
+        with pytest.raises(errors.RepositoryNotFoundError):
             hf_hub_download(repo, "weights.bin", token=token, cache_dir=tmp_path)
-    assert repo not in [model.id for model in api.list_models(author="alice", token=OTHER)]
-    assert repo in [model.id for model in api.list_models(author="alice")]
+    assert Path(hf_hub_download(repo, "weights.bin")).read_bytes() == b"weights"
 
 
 def test_a_gated_repository_shows_its_page_but_not_its_files(api, repo, tmp_path):
     add(api, repo)
     api.update_repo_settings(repo, gated="manual")
     assert api.model_info(repo, token=OTHER).gated == "manual"
-    with pytest.raises(GatedRepoError):
+    with pytest.raises(errors.GatedRepoError):
         hf_hub_download(repo, "weights.bin", token=OTHER, cache_dir=tmp_path)
     with pytest.raises(HfHubHTTPError) as error:
         add(api, repo, "mine.txt", b"bob's", token=OTHER)
@@ -196,15 +181,13 @@ def test_others_propose_changes_as_a_pull_request(api, repo):
     assert Path(hf_hub_download(repo, "weights.bin", revision="refs/pr/1")).read_bytes() == b"better"
 
 
-def test_the_tree_comes_in_pages(hub, api, repo, monkeypatch):
-    operations = [CommitOperationAdd(f"exp a/{i}.txt", b"x") for i in range(5)]
-    commit = api.create_commit(repo, operations, commit_message="five").oid
-    monkeypatch.setattr(hub, "page_size", 2)
-    items = list(api.list_repo_tree(repo, recursive=True, expand=True))
-    assert [item.path for item in items] == [".gitattributes", "exp a", *(f"exp a/{i}.txt" for i in range(5))]
-    assert [item.last_commit.oid == commit for item in items] == [False] + [True] * 6
-    assert hub.count("GET .*/tree/") == 4
-    assert [item.path for item in api.get_paths_info(repo, ["exp a", "exp a/3.txt", "none"])] == ["exp a", "exp a/3.txt"]
+def test_the_tree_has_files_and_folders(api, repo):
+    operations = [CommitOperationAdd(f"exp a/b/{i}.txt", b"x") for i in range(2)]
+    api.create_commit(repo, operations, commit_message="two")
+    everything = [".gitattributes", "exp a", "exp a/b", "exp a/b/0.txt", "exp a/b/1.txt"]
+    assert [item.path for item in api.list_repo_tree(repo, recursive=True)] == everything
+    assert [item.path for item in api.list_repo_tree(repo, "exp a")] == everything[2:3]
+    assert [item.path for item in api.get_paths_info(repo, ["exp a", "exp a/b/1.txt", "none"])] == ["exp a", "exp a/b/1.txt"]
 
 
 def test_ranges_are_served_and_counted(hub, api, repo):
@@ -260,7 +243,14 @@ def test_a_lost_answer_leaves_the_commit(hub, api, repo):
     assert "a.txt" in api.list_repo_files(repo)
 
 
-def test_a_collection_holds_repositories_once(hub, api, repo, name):
+def test_a_space_is_created_committed_to_and_runs(api, name):
+    api.create_repo(name, repo_type="space", space_sdk="gradio")
+    add(api, name, "app.py", b"import gradio", repo_type="space")
+    assert api.space_info(name).sdk == "gradio"
+    assert api.get_space_runtime(name).stage == "RUNNING"
+
+
+def test_a_collection_holds_repositories_once(api, repo, name):
     api.create_repo(name, repo_type="space", space_sdk="gradio")
     title = f"Collection of {name}"
     slug = api.create_collection(title, private=True).slug
@@ -277,34 +267,9 @@ def test_a_collection_holds_repositories_once(hub, api, repo, name):
     api.update_collection_item(slug, collection.items[0].item_object_id, note="better")
     assert not api.update_collection_metadata(slug, private=False).private
     seen = api.get_collection(slug, token=OTHER)
-    assert [(item.item_id, item.item_type, item.note) for item in seen.items] == [
-        (repo, "model", "better"),
-        (name, "space", None),
-    ]
+    items = [(item.item_id, item.item_type, item.note) for item in seen.items]
+    assert items == [(repo, "model", "better"), (name, "space", None)]
     assert slug in [found.slug for found in api.list_collections(owner="alice", token=OTHER)]
-
-
-def test_datasets_loads_what_was_pushed(api, name, tmp_path):
-    api.create_repo(name, repo_type="dataset", private=True)
-    pyarrow.parquet.write_table(pa.table({"name": ["a", "b"], "trace": [1.0, 2.0]}), tmp_path / "params.parquet")
-    card = b"---\nconfigs:\n- config_name: summary\n  data_files: [{split: params, path: summary/params.parquet}]\n---\n"
-    operations = [
-        CommitOperationAdd("summary/params.parquet", tmp_path / "params.parquet"),
-        CommitOperationAdd("README.md", card),
-    ]
-    api.create_commit(
-        name, [*operations, CommitOperationAdd("manifest.json", b"{}")], repo_type="dataset", commit_message="all"
-    )
-    assert load_dataset(name, split="params")["trace"][:] == [1.0, 2.0]
-
-
-def test_transformers_loads_what_was_pushed(api, name, tokenizer):
-    model = tiny.make_model(len(tokenizer))
-    model.push_to_hub(name, private=True)
-    tokenizer.push_to_hub(name)
-    assert api.model_info(name).private
-    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(name).state_dict(), model.state_dict())
-    assert AutoTokenizer.from_pretrained(name)("spring").input_ids == tokenizer("spring").input_ids
 
 
 def test_another_user_has_another_name_and_an_empty_cache(hub, api, repo, bob):
@@ -318,13 +283,10 @@ def test_another_user_has_another_name_and_an_empty_cache(hub, api, repo, bob):
 
 
 def test_a_pusher_can_be_killed_at_a_given_request(hub, api, repo, bob):
-    arrived = threading.Event()
-    hub.faults.append(Fault("POST .*/commit/", 503, before=lambda: (hub.wait_for("/commit/"), arrived.wait(60))))
     code = f"import huggingface_hub as h; h.HfApi().upload_file(path_or_fileobj=b'x', path_in_repo='x.txt', repo_id={repo!r})"
     with subprocess.Popen([sys.executable, "-c", code], env={**bob, "HF_TOKEN": "hf_owner"}) as process:
-        hub.wait_for("POST .*/commit/")
-        process.kill()
-        arrived.set()
+        hub.faults.append(Fault("POST .*/commit/", 503, before=process.kill))
+    assert process.returncode == -signal.SIGKILL
     assert "x.txt" not in api.list_repo_files(repo)
 
 

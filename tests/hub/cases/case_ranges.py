@@ -14,6 +14,8 @@ from server import Fault
 from hf_ewc.errors import HubError, HubUnavailableError
 from hf_ewc.hub import RemoteFile, remote_files
 
+LEGS = ("lfs",)  # ranges go to the CDN in both
+
 CONTENT, LINK = "GET /cdn/", "HEAD .*/resolve/"
 DATA = random.Random(3).randbytes(200_000)
 

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_ewc.cli.main import main
 
+LEGS = ("xet",)  # as in production; the parts have cases of their own in both
+
 TRAINING = [
     "--ewc_lambda",
     "5",

@@ -146,3 +146,11 @@ def test_a_push_in_the_background_that_fails_is_told_and_training_goes_on(hub, n
     trainer = trained(tmp_path, base, fisher, hub_model_id=name, **settings)
     assert trainer.state.global_step == 2
     assert "This checkpoint was not pushed; training goes on." in caplog.text
+
+
+def test_token_and_branch_of_the_settings_are_used(hub, name, published, tmp_path, monkeypatch):
+    base, fisher, _ = published
+    settings = dict(hub_model_id=name, hub_token=SECRET, hub_revision="exp/a")
+    trainer = trained(tmp_path, base, fisher, **settings)
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    assert trainer.push_to_hub().commit == HfApi(token=SECRET).repo_info(name, revision="exp/a").sha

@@ -17,6 +17,12 @@ def pytest_sessionstart(session):
         )
 
 
+@pytest.fixture(autouse=True)
+def impatience(monkeypatch):
+    """No test waits for a Hub that is meant to fail."""
+    monkeypatch.setattr("hf_ewc.hub.patience.WAITS", (0.01,) * 4)
+
+
 @pytest.fixture
 def hub(request):
     """The running test Hub, its log, faults and `bytes_served` empty. The environment's token is alice's."""
