@@ -21,6 +21,7 @@ _HOMES = {
     "BaseModel": "artifact",
     "estimate_fisher": "fisher",
     "evaluate_model": "evaluation",
+    "merge_models": "merge",
     "EWCError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     )
     from .evaluation import evaluate_model
     from .fisher import estimate_fisher
+    from .merge import merge_models
     from .trainer import EWCTrainer
 
 

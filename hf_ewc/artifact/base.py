@@ -224,7 +224,7 @@ def pickles_among(names: Iterable[str]) -> list[str]:
 
 
 def _pull(name: str, revision: str | None) -> tuple[Path, str]:
-    patterns = ["model*.safetensors", "*.json", *_TOKENIZER_FILES]
+    patterns = ["model*.safetensors", "*.json", "*.jinja", *_TOKENIZER_FILES]
     if not is_repo_id(name) and "/" in name:
         raise DataError(f"the base model '{name}' is neither a folder on this machine nor an id on the Hub (`owner/name`).")
     try:

@@ -32,8 +32,8 @@ from .eval_results import eval_result_files, pick_run
 # machine: beside a model lie checkpoints, optimizer states and training_args.bin, a pickle that may hold a token.
 MODEL_FILES = (
     *("config.json", "generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*"),
-    *("tokenizer*", "vocab.*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.*", "additional_chat_templates/*.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "vocab.*", "merges.txt", "*.model"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.*", "additional_chat_templates/*.jinja"),
 )
 INDEX, CARD, RESULTS, MANIFEST = "model.safetensors.index.json", "README.md", "results.json", "fisher_config.json"
 STALE = ("model*.safetensors", INDEX, RESULTS, ".eval_results/*")  # of what was there before: other shards, other figures
@@ -280,9 +280,14 @@ def _public(state: dict[str, Any]) -> dict[str, Any]:
     for entry in (fisher, *fisher.get("fold", [])):
         if "source" in entry and not entry.get("repo_id"):
             entry["source"] = " + ".join(_last(part) for part in str(entry["source"]).split(" + "))
-    anchor = state.get("anchor")
+    anchor, merge = state.get("anchor"), state.get("merge")
     if anchor and not anchor.get("revision"):
         anchor["id"] = _last(anchor["id"])
+    while merge:
+        for entry, key in ((merge["base"], "id"), (merge["adapted"], "id"), (merge.get("fisher") or {}, "source")):
+            if entry.get(key) and not entry.get("revision"):
+                entry[key] = " + ".join(_last(part) for part in str(entry[key]).split(" + "))
+        merge = merge["adapted"].get("merge")
     return state
 
 

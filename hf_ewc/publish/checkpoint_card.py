@@ -177,6 +177,21 @@ def _front_matter(
 
 
 def _method(state: Mapping[str, Any], fishers: list[Origin], planned: bool) -> str:
+    return _held(state, fishers, planned) + _merged(state.get("merge"))
+
+
+def _merged(merge: Mapping[str, Any] | None) -> str:
+    """For a model that `hf-ewc merge` took back towards its base."""
+    if not merge:
+        return ""
+    if merge.get("interpolate") is not None:
+        return f"\nAfterwards all weights alike went {merge['interpolate']:.0%} of the way back to the base (interpolation)."
+    strength = merge["merge_lambda"]
+    shown = strength if isinstance(strength, str) else f"{strength:g}"
+    return f"\nAfterwards each weight went part of the way back to the base by its importance (post-hoc EWC, λ = {shown})."
+
+
+def _held(state: Mapping[str, Any], fishers: list[Origin], planned: bool) -> str:
     if state.get("ewc_lambda") == 0:
         return "This was plain fine-tuning (λ = 0): nothing held what it knew."
     names = " and ".join(fisher.markdown() for fisher in fishers) or f"a Fisher information that was {UNKNOWN}"

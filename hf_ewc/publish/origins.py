@@ -58,7 +58,7 @@ class Origin:
 
 
 def base_of(state: Mapping[str, Any]) -> Origin:
-    anchor = state.get("anchor") or {}
+    anchor = state.get("anchor") or (state.get("merge") or {}).get("base") or {}
     revision = anchor.get("revision")
     return Origin("base model", anchor.get("id"), bool(revision), revision, anchor.get("fingerprint"))
 

@@ -15,7 +15,7 @@ from hf_ewc import BaseModel
 from hf_ewc.errors import ConfigError
 from hf_ewc.hub import Licence
 from hf_ewc.publish import card_lineage, pick_run, render_checkpoint_card
-from hf_ewc.publish.checkpoint import checkpoint_files
+from hf_ewc.publish.checkpoint import _public, checkpoint_files
 
 BASE, FISHER = "4f" * 20, "77" * 20
 
@@ -284,3 +284,19 @@ def test_the_command_on_the_card_is_one_that_hf_ewc_train_reads():
 def test_the_front_matter_is_plain_yaml():
     head = render_checkpoint_card(STATE, repo_id="me/lt", results=SWEEP).split("---\n")[1]
     assert yaml.safe_load(head)["lineage"][0]["what"] == "Fisher"
+
+
+@pytest.mark.parametrize(
+    ("merge", "said"),
+    [
+        ({"merge_lambda": 10.0}, "by its importance (post-hoc EWC, λ = 10)"),
+        ({"merge_lambda": "inf"}, "by its importance (post-hoc EWC, λ = inf)"),
+        ({"interpolate": 0.25}, "all weights alike went 25% of the way back to the base"),
+    ],
+)
+def test_a_merged_model_says_so_and_keeps_the_folders_of_this_machine_to_itself(merge, said):
+    where = {"id": "/home/me/base", "revision": None, "fingerprint": "ab" * 32}
+    fisher = {"source": "/home/me/fisher", "sha256": "cd" * 32}
+    state = _public({**STATE, "merge": {**merge, "base": where, "adapted": {**where, "id": "/home/me/lt"}, "fisher": fisher}})
+    assert "/home" not in json.dumps(state)
+    assert said in render_checkpoint_card(state, repo_id="me/lt")
