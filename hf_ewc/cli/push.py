@@ -1,8 +1,10 @@
-"""`hf-ewc push`: the page that says what can be pushed."""
+"""`hf-ewc push`: the page that says what can be pushed, and the settings that all pushes of one repository share."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 HELP = """\
 Usage: hf-ewc push fisher      --fisher FOLDER --repo_id USER/NAME
@@ -18,6 +20,26 @@ Each has a page of its own:
 
 Log in with `hf auth login`, or set HF_TOKEN. HF_ENDPOINT names another server that speaks the Hub's protocol.
 """
+
+
+@dataclass(kw_only=True)
+class PushTarget:
+    """Where a push goes, and how."""
+
+    repo_id: str = field(metadata={"help": "Repository on the Hub, USER/NAME."})
+    revision: str | None = field(default=None, metadata={"help": "Branch; main by default."})
+    tag: str | None = field(default=None, metadata={"help": "Tag for the commit."})
+    private: bool = field(default=True, metadata={"help": "Whether a new repository is private."})
+    commit_message: str | None = field(default=None, metadata={"help": "Message of the commit."})
+    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of a commit."})
+    dry_run: bool = field(default=False, metadata={"help": "List what would be sent."})
+
+    def problems(self) -> list[str]:
+        return repo_problems(self.repo_id)
+
+    def options(self) -> dict[str, Any]:
+        """As the keyword arguments of `push_to_hub` and `push_checkpoint`, which have the same names."""
+        return {f.name: getattr(self, f.name) for f in fields(PushTarget) if f.name != "repo_id"}
 
 
 def run(argv: list[str]) -> int:

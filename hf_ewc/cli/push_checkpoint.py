@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .push import repo_problems
+from .push import PushTarget
 
 HELP = """\
 Usage: hf-ewc push checkpoint --checkpoint FOLDER --repo_id USER/NAME [--key value …]
@@ -23,23 +23,13 @@ Examples:
 """
 
 
-@dataclass
-class PushCheckpoint:
+@dataclass(kw_only=True)
+class PushCheckpoint(PushTarget):
     """What `hf-ewc push checkpoint` needs."""
 
     checkpoint: str = field(metadata={"help": "Folder that `hf-ewc train` wrote."})
-    repo_id: str = field(metadata={"help": "Model repository on the Hub, USER/NAME."})
     results: str | None = field(default=None, metadata={"help": "results.json with the model's row."})
     fisher_repo: str | None = field(default=None, metadata={"help": "Dataset repository of its Fisher, USER/NAME[@REVISION]."})
-    revision: str | None = field(default=None, metadata={"help": "Branch; main by default."})
-    tag: str | None = field(default=None, metadata={"help": "Tag for the commit."})
-    private: bool = field(default=True, metadata={"help": "Whether a new repository is private."})
-    commit_message: str | None = field(default=None, metadata={"help": "Message of the commit."})
-    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of a commit."})
-    dry_run: bool = field(default=False, metadata={"help": "List what would be sent."})
-
-    def problems(self) -> list[str]:
-        return repo_problems(self.repo_id)
 
 
 def run(argv: list[str]) -> int:
@@ -50,17 +40,7 @@ def run(argv: list[str]) -> int:
     from ..hub import Pushed
     from ..publish import push_checkpoint
 
-    done = push_checkpoint(
-        script.checkpoint,
-        script.repo_id,
-        results=script.results,
-        fisher_repo=script.fisher_repo,
-        private=script.private,
-        revision=script.revision,
-        tag=script.tag,
-        commit_message=script.commit_message,
-        create_pr=script.create_pr,
-        dry_run=script.dry_run,
-    )
+    made_of = dict(results=script.results, fisher_repo=script.fisher_repo)
+    done = push_checkpoint(script.checkpoint, script.repo_id, **made_of, **script.options())
     print(done.text() if isinstance(done, Pushed) else f"{done.text()}\nNothing was sent (--dry_run).")
     return 0

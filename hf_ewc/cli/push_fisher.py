@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .push import repo_problems
+from .push import PushTarget
 
 HELP = """\
 Usage: hf-ewc push fisher --fisher FOLDER --repo_id USER/NAME [--key value …]
@@ -24,21 +24,11 @@ Examples:
 """
 
 
-@dataclass
-class PushFisher:
+@dataclass(kw_only=True)
+class PushFisher(PushTarget):
     """What `hf-ewc push fisher` needs."""
 
     fisher: str = field(metadata={"help": "Folder that `hf-ewc fisher` wrote."})
-    repo_id: str = field(metadata={"help": "Dataset repository on the Hub, USER/NAME."})
-    revision: str | None = field(default=None, metadata={"help": "Branch; main by default."})
-    tag: str | None = field(default=None, metadata={"help": "Tag for the commit."})
-    private: bool = field(default=True, metadata={"help": "Whether a new repository is private."})
-    commit_message: str | None = field(default=None, metadata={"help": "Message of the commit."})
-    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of a commit."})
-    dry_run: bool = field(default=False, metadata={"help": "List what would be sent."})
-
-    def problems(self) -> list[str]:
-        return repo_problems(self.repo_id)
 
 
 def run(argv: list[str]) -> int:
@@ -49,15 +39,7 @@ def run(argv: list[str]) -> int:
     from ..artifact import FisherInformation
     from ..hub import Pushed
 
-    done = FisherInformation.from_pretrained(script.fisher).push_to_hub(
-        script.repo_id,
-        private=script.private,
-        revision=script.revision,
-        tag=script.tag,
-        commit_message=script.commit_message,
-        create_pr=script.create_pr,
-        dry_run=script.dry_run,
-    )
+    done = FisherInformation.from_pretrained(script.fisher).push_to_hub(script.repo_id, **script.options())
     if not isinstance(done, Pushed):
         print(f"{done.text()}\nNothing was sent (--dry_run).")
         return 0
