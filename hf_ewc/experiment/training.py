@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from ..artifact import BaseModel, FisherInformation
 from ..callback import load_fisher
@@ -75,7 +75,9 @@ def train_model(
         )
     set_seed(args.seed)
     trainer = EWCTrainer(model, args, train_dataset=train_dataset, fisher=fisher, train_data=data)
-    trainer.remove_callback(PrinterCallback)  # with `disable_tqdm`, it prints each log as a raw dict
+    trainer.remove_callback(PrinterCallback)  # with `disable_tqdm`, it prints each log as a raw dict …
+    if trainer.pop_callback(ProgressCallback) is not None:  # … and without, this one does
+        trainer.add_callback(Bar())
     trainer.add_callback(ProgressLines(progress))
     if checkpoint is not None:
         _check_checkpoint(checkpoint, trainer)
@@ -86,6 +88,13 @@ def train_model(
     log: dict[str, Any] = {"steps": trainer.state.global_step}
     log |= {key: entry["train_loss"] for entry in history for key in ("train_loss",) if key in entry}
     return log | {key: value for key, value in last.items() if key == "loss" or key.startswith("ewc/")}
+
+
+class Bar(ProgressCallback):
+    """Transformers' progress bar without its raw dicts; [`ProgressLines`] says what they said."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
 
 class ProgressLines(TrainerCallback):
