@@ -1,6 +1,6 @@
 """A Hugging Face Hub on this machine, for tests: what `huggingface_hub` 2.4, `datasets` 5.2 and `transformers` 5.23 ask for.
 
-    python tests/hub/server.py --root /tmp/hub           # and elsewhere: export HF_ENDPOINT=http://127.0.0.1:7820
+    python tests/hub/server.py --root runs/hub-server    # and elsewhere: export HF_ENDPOINT=http://127.0.0.1:7820
 
     hub = Hub(tmp_path)                                  # in a test
     url = hub.start()                                    # a thread serves it
