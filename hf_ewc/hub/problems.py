@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ _SECRETS: set[str] = set()
 _PASSWORD = re.compile(r"//[^/@\s]+@")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
 _ANSWERS = (HfHubHTTPError, httpx2.TransportError)
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 _LOGIN = "Log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -77,6 +80,9 @@ def plain_errors(action: str, repo_id: str, repo_type: str = "model", revision: 
     except EWCError:
         raise
     except Exception as error:
+        found = _OS_ERROR.search(str(error)) if isinstance(error, RuntimeError) else None
+        if found and int(found[1]) in _DISK:  # Xet's way to say what a disk said
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
         problem = _problem(error, repo_id, repo_type, revision)
         if problem is None:
             raise
@@ -96,6 +102,8 @@ def _problem(error: Exception, repo_id: str, repo_type: str, revision: str | Non
     page = f"{host}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
     if isinstance(error, HFValidationError):
         return HubError, "this is no id on the Hub, which has the form `user/name` (letters, digits, -, _ and .)."
+    if isinstance(error, KeyError) and error.args in (("url",), ("slug",)):  # the client looks for it in the answer 409
+        return HubError, f"the name is in conflict with something that is there. Choose another one, or look at {page}"
     if isinstance(error, LocalTokenNotFoundError):
         return HubError, f"this needs an account, and no token was found. {_LOGIN}."
     if isinstance(error, OfflineModeIsEnabled):
@@ -188,7 +196,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _of_xet(text: str) -> bool:
-    return any(word in text for word in ("Data processing error", "CAS", "xet", "Xet", "xorb"))
+    return any(word in text for word in ("Data processing error", "Task error", "CAS", "xet", "Xet", "xorb"))
 
 
 def _full_disk(error: BaseException | None) -> bool:

@@ -544,3 +544,44 @@ def test_a_server_without_xet_is_named_as_that(hub, name, folder):
     done = subprocess.run(words, capture_output=True, text=True, env=env)
     assert done.returncode == 2, done.stderr[-2000:]
     assert "HF_HUB_DISABLE_XET=1" in done.stderr
+
+
+def test_a_download_that_breaks_off_goes_on(hub, name, folder, tmp_path):
+    FisherInformation.from_pretrained(folder).push_to_hub(name)
+    fault = Fault("GET /cdn/|GET /cas/xorb/", truncate=1000)
+    hub.faults.append(fault)
+    assert_same(FisherInformation.from_pretrained(name, cache_dir=tmp_path), FisherInformation.from_pretrained(folder))
+    assert fault.times == 0, "it did break off"
+
+
+def test_content_that_was_changed_on_its_way_is_refused(hub, name, folder, tmp_path):
+    """The client itself does not notice it."""
+    FisherInformation.from_pretrained(folder).push_to_hub(name)
+    hub.faults.append(Fault("GET /cdn/|GET /cas/xorb/", corrupt=True, times=99))
+    with pytest.raises(FisherFormatError, match=r"bytes of it were changed|not a whole safetensors file"):
+        FisherInformation.from_pretrained(name, cache_dir=tmp_path)
+
+
+def test_a_disk_that_is_full_is_one_line_and_the_next_pull_goes_on(hub, name, folder, tmp_path):
+    FisherInformation.from_pretrained(folder).push_to_hub(name)
+    code = """
+import resource, signal, sys
+from hf_ewc.cli.main import main
+import hf_ewc.artifact
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # as if there were no more room
+sys.exit(main(sys.argv[1:]))
+"""
+    env = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    words = ["pull", "fisher", "--repo_id", name]
+    full = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=env, timeout=120)
+    assert full.returncode == 1, full.stderr[-2000:]
+    assert "Traceback" not in full.stderr, full.stderr[-900:]
+    done = subprocess.run(command(*words), capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_name_that_is_taken_is_a_conflict(hub, name, folder):
+    hub.faults.append(Fault("POST /api/repos/create", status=409))
+    with pytest.raises(HubError, match="conflict"):
+        FisherInformation.from_pretrained(folder).push_to_hub(name)
