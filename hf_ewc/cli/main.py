@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import difflib
-import errno
 import importlib
 import os
 import shlex
@@ -19,6 +18,7 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import EWCError, HubUnavailableError
+from ..files import is_disk_full
 
 COMMANDS = {
     "demo": "see it work in under three minutes, on this machine, without network",
@@ -135,19 +135,6 @@ def guarded(name: str, run: Callable[[list[str]], int], argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 1
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, says that a disk or a quota is full."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        # safetensors and torch.save report it in words only: SafetensorError("… No space left on device (os error 28)"),
-        # RuntimeError("[enforce fail at inline_container.cc:664] … unexpected pos …")
-        if "No space left on device" in str(error) or "inline_container.cc" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def end_process(code: int) -> NoReturn:

@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import EWCError, HubError, HubUnavailableError
+from ..files import is_disk_full
 
 _SECRETS: set[str] = set()
 _PASSWORD = re.compile(r"//[^/@\s]+@")
@@ -121,7 +122,7 @@ def _problem(error: Exception, repo_id: str, repo_type: str, revision: str | Non
             f"what arrived was cut off or is not what was announced ({_first_line(error)}). Nothing of it is used. Run the "
             "same command again: it goes on from what arrived."
         )
-    if _full_disk(error):
+    if is_disk_full(error):  # `cli.main` has the words for that
         return None
     if refused := re.search(r"HTTP status client error \((401|403|409)", str(error)):  # Xet tells its answers in words only
         return HubError, (
@@ -197,14 +198,3 @@ def _first_line(error: BaseException) -> str:
 
 def _of_xet(text: str) -> bool:
     return any(word in text for word in ("Data processing error", "Task error", "CAS", "xet", "Xet", "xorb"))
-
-
-def _full_disk(error: BaseException | None) -> bool:
-    """Whether it came from a full disk: `cli.main` has the words for that."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "No space left on device" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -14,12 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..artifact import BaseModel, FisherInformation, fit
 from ..config import DTYPES
 from ..errors import ConfigError, DataError, EWCError, FisherMismatchError
-from ..files import STATE_FILE
-from .shards import COPIED, INDEX
+from ..files import BESIDE_WEIGHTS, STATE_FILE
+from .shards import INDEX
 
 logger = logging.getLogger(__name__)
 
-OURS = ("model*.safetensors", INDEX, "config.json", "README.md", STATE_FILE, *COPIED)
+OURS = ("model*.safetensors", INDEX, "config.json", "README.md", STATE_FILE, *BESIDE_WEIGHTS)
 
 
 def setting_problems(merge_lambda: float | None, interpolate: float | None, ewc_missing: str, dtype: str | None) -> list[str]:

@@ -14,14 +14,11 @@ from torch import Tensor
 
 from ..artifact import BaseModel, files, fit
 from ..errors import DataError
+from ..files import BESIDE_WEIGHTS
 from ..hub import fetch
 from .formula import FLOATS, Mover, finite, label_of, pieces, sound
 
 INDEX = "model.safetensors.index.json"
-COPIED = (  # no card: it would speak of another model
-    *("generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*", "tokenizer*", "vocab.*", "merges.txt"),
-    *("*.model", "special_tokens_map.json", "added_tokens.json", "chat_template.*", "additional_chat_templates/*.jinja"),
-)
 BLOCK = 8 << 20
 
 
@@ -146,8 +143,8 @@ def write_beside(adapted: BaseModel, folder: Path, dtype: str | None, size: int)
     source = adapted.folder
     assert source is not None
     if adapted.revision is not None:  # of a model on the Hub, no more than what loading it needs lies in the cache yet
-        source = fetch(adapted.id, "model", adapted.revision, ["config.json", INDEX, *COPIED])
-    for path in sorted({path for pattern in COPIED for path in source.glob(pattern) if path.is_file()}):
+        source = fetch(adapted.id, "model", adapted.revision, ["config.json", INDEX, *BESIDE_WEIGHTS])
+    for path in sorted({path for pattern in BESIDE_WEIGHTS for path in source.glob(pattern) if path.is_file()}):
         target = folder / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)

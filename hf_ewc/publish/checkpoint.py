@@ -10,7 +10,7 @@ from typing import Any
 from ..artifact import BaseModel, Manifest
 from ..errors import ConfigError, DataError, FisherMismatchError, HubError
 from ..evaluation import load_results
-from ..files import STATE_FILE
+from ..files import BESIDE_WEIGHTS, STATE_FILE
 from ..hub import (
     Licence,
     PushPlan,
@@ -28,13 +28,9 @@ from ..hub import (
 from .checkpoint_card import render_checkpoint_card
 from .eval_results import eval_result_files, pick_run
 
-# What `save_pretrained` of a model and of a tokenizer writes, but for the weights. Nothing else of the folder leaves the
-# machine: beside a model lie checkpoints, optimizer states and training_args.bin, a pickle that may hold a token.
-MODEL_FILES = (
-    *("config.json", "generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*"),
-    *("tokenizer.json", "tokenizer_config.json", "vocab.*", "merges.txt", "*.model"),
-    *("special_tokens_map.json", "added_tokens.json", "chat_template.*", "additional_chat_templates/*.jinja"),
-)
+# Nothing else of the folder leaves the machine: beside a model lie checkpoints, optimizer states and training_args.bin, a
+# pickle that may hold a token.
+MODEL_FILES = ("config.json", *BESIDE_WEIGHTS)
 INDEX, CARD, RESULTS, MANIFEST = "model.safetensors.index.json", "README.md", "results.json", "fisher_config.json"
 STALE = ("model*.safetensors", INDEX, RESULTS, ".eval_results/*")  # of what was there before: other shards, other figures
 BESIDE = (".gitattributes", CARD, "LICENSE", "NOTICE")
