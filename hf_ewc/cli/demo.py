@@ -6,11 +6,13 @@ HELP = """\
 Usage: hf-ewc demo [--key value …]
 
 Pretrain a small model on a little English world, measure which weights carry it, teach the model Lithuanian with
-several λ, and show what was kept and what was learned. Two CPU cores, under three minutes, no account, no network.
+several λ, and show what was kept and what was learned. The λ = 0 model is also taken part of the way back to its base
+after training: each weight by its importance (as `hf-ewc merge` does), and all alike. Two CPU cores, under three minutes,
+no account, no network.
 
   output     --output_dir demo-out  --resume  --overwrite
   size       --size tiny|small|medium  --pretrain_steps N  --steps N (of each run)  --seed 0
-  the runs   --lambdas 0 1 10 …  --modes proximal loss …
+  the runs   --lambdas 0 1 10 …  --modes proximal loss …   (without λ = 0, nothing is merged)
   your data  --data-en FILE  --data-lt FILE  --questions FILE   (JSONL with `text`; questions in MMLU's form)
 
 Examples:

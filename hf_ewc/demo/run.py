@@ -1,4 +1,6 @@
-"""[`run_demo`]: pretrain, measure, continue on Lithuanian for several λ, and show what was kept and what was learned."""
+"""
+[`run_demo`]: pretrain, measure, continue on Lithuanian for several λ, merge, and show what was kept and what was learned.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +29,8 @@ from .world import fitting, make_world, text_rows
 DEFAULT_RUNS = {"proximal": (10.0, 100.0, 1000.0), "loss": (10.0, 100.0), "decoupled": (1e5,)}
 """λ per mode. `decoupled` lacks Adam's 1/√v̂, so its λ lives on another scale."""
 
+MERGES = [*(("merge", value) for value in (1.0, 3.0, 10.0)), *(("interpolate", share) for share in (0.45, 0.58, 0.72))]
+"""What is made of the λ = 0 run after training: merges by the Fisher, and the plain interpolations that forget as much."""
 
 RECIPE = "base.json"
 """What the base was made of, written when it is whole."""
@@ -45,7 +49,8 @@ class DemoConfig:
         size (`str`): `tiny` (0.2 M parameters), `small` (1 M) or `medium` (5 M).
         pretrain_steps (`int`): optimizer steps that make the base model.
         steps (`int`): optimizer steps of each run on the new text.
-        lambdas, modes (`list`, *optional*): every λ in every mode, instead of the built-in choice.
+        lambdas, modes (`list`, *optional*): every λ in every mode, instead of the built-in choice. With λ = 0 among them, its
+            model is also merged with the base after training, in a few strengths.
         seed (`int`): of data splits, weights and batches.
         resume, overwrite (`bool`): continue in, or clear, an `output_dir` that is not empty.
     """
@@ -139,6 +144,7 @@ def run_demo(config: DemoConfig | None = None) -> dict[str, Any]:
         output_dir=folder,
         old="english",
         new="lithuanian",
+        merges=MERGES,
         settings={
             "data": "the project's own little world" if config.data_en is None else Path(config.data_en).name,
             "size": config.size,

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 from .figures import retention_figure
+from .labels import place_labels
 from .perplexity import BitsPerByte, TextScores, TokenPerplexity, score_texts
 from .questions import QuestionScores, question_answers, question_dataset, question_prompt, score_questions
-from .report import html_report, metrics_text, table_markdown, table_text, write_report
-from .results import load_results, save_results
+from .report import Column, columns, html_report, metrics_text, table_markdown, table_text, write_report
+from .results import Row, domain_titles, load_results, rows, save_results
 from .run import evaluate_model
 
 __all__ = [
     "BitsPerByte",
+    "Column",
     "QuestionScores",
+    "Row",
     "TextScores",
     "TokenPerplexity",
+    "columns",
+    "domain_titles",
     "evaluate_model",
     "html_report",
     "load_results",
     "metrics_text",
+    "place_labels",
     "question_answers",
     "question_dataset",
     "question_prompt",
     "retention_figure",
+    "rows",
     "save_results",
     "score_questions",
     "score_texts",

@@ -21,11 +21,13 @@ from .results import Row, domain_titles, fronts, rows
 
 # Okabe and Ito's colours: told apart by all common kinds of colour vision; the markers tell them apart in print.
 STYLES = {"proximal": ("#0072B2", "o"), "loss": ("#D55E00", "s"), "decoupled": ("#009E73", "^")}
+STYLES |= {"merge": ("#AA4499", "D"), "interpolate": ("#000000", "X")}  # Tol's purple: dark enough for the labels
 SPARE_STYLES = [("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X")]
 BASE_COLOUR = "#555555"
 # λ = 0, in any mode
 PLAIN: dict[str, Any] = {"ls": "", "marker": "o", "color": "black", "mfc": "white", "mew": 1.8, "ms": 10}
 DASHES = (0, (4, 4))
+AFTER_TRAINING = (0, (3, 1.2))  # the lines of models that were merged, not trained
 FONT_SIZE = 11
 DPI = 150  # 1800 pixels wide, so that the text is sharp where the picture is shown at 1200
 
@@ -36,7 +38,8 @@ def retention_figure(results: dict, path: str | Path) -> Path:
 
     The left panel has one line per mode over λ: to the left is *learned more* (bits per byte of the new texts), down is
     *kept more* (bits per byte of the old ones). A mode whose line lies further to the lower left is better. The right
-    panels, one per question set, show accuracy ± one standard error over λ, with the base and the level of guessing.
+    panels, one per question set, show accuracy ± one standard error over λ, with the base and the level of guessing. Lines of
+    models that were made after training are dashed; shares of the way back, which are no λ, stand beside the λ.
 
     Args:
         results (`dict`): Results of a sweep; runs that are not finite are named above the picture instead of drawn.
@@ -56,25 +59,26 @@ def draw(results: dict) -> Figure:
     old, new = domain_titles(results)
     lines = fronts(table)
     spare = iter(SPARE_STYLES * 9)
-    styles = {mode: STYLES.get(mode) or next(spare) for mode in lines}
+    styles = {mode: (*(STYLES.get(mode) or next(spare)), _dashes(line)) for mode, line in lines.items()}
     question_sets = list(table[0].questions)
 
     figure = Figure(figsize=(12, 6), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(max(1, len(question_sets)), 5)
-    retention = figure.add_subplot(grid[:, :3] if question_sets else grid[:, :])
+    grid = figure.add_gridspec(max(1, len(question_sets)), 7)
+    retention = figure.add_subplot(grid[:, :4] if question_sets else grid[:, :])
     _draw_retention(retention, table[0], lines, styles, old, new)
     for i, name in enumerate(question_sets):
-        _draw_questions(figure.add_subplot(grid[i, 3:]), name, table[0], lines, styles)
+        _draw_questions(figure.add_subplot(grid[i, 4:]), name, table[0], lines, styles)
 
+    handles = _legend(styles, table, question_sets)
     figure.legend(
-        handles=_legend(styles, table, question_sets),
+        handles=handles,
         loc="outside lower center",
-        ncols=6,
+        ncols=6 if len(handles) <= 6 else (len(handles) + 1) // 2,
         frameon=False,
         fontsize=FONT_SIZE,
     )
-    diverged = [f"{row.mode} λ = {row.ewc_lambda:g}" for row in table[1:] if row.old is None or row.new is None]
+    diverged = [_name(row) for row in table[1:] if row.old is None or row.new is None]
     if diverged:
         figure.suptitle(f"not drawn, loss not finite: {', '.join(diverged)}", fontsize=FONT_SIZE, color=BASE_COLOUR)
     figure.canvas.draw()  # settles the layout; labels are placed in pixels
@@ -85,9 +89,9 @@ def draw(results: dict) -> Figure:
 
 def _draw_retention(axes: Axes, base: Row, lines: dict[str, list[Row]], styles: dict, old: str, new: str) -> None:
     for mode, line in lines.items():
-        colour, marker = styles[mode]
-        axes.plot(*_xy(line), marker=marker, color=colour, ms=8, lw=1.8, zorder=2)
-        axes.plot(*_xy([row for row in line if row.ewc_lambda == 0]), **PLAIN, zorder=3)
+        colour, marker, dashes = styles[mode]
+        axes.plot(*_xy(line), marker=marker, color=colour, ms=8, lw=1.8, ls=dashes, zorder=2)
+        axes.plot(*_xy([row for row in line if row.strength == 0]), **PLAIN, zorder=3)
     for x, y, _ in _base_point(base, lines):
         axes.axhline(y, color=BASE_COLOUR, lw=0.8, ls=DASHES, zorder=1)
         axes.plot(x, y, "*", ms=15, color=BASE_COLOUR, zorder=3)
@@ -98,33 +102,45 @@ def _draw_retention(axes: Axes, base: Row, lines: dict[str, list[Row]], styles: 
 
 
 def _draw_questions(axes: Axes, name: str, base: Row, lines: dict[str, list[Row]], styles: dict) -> None:
-    strengths = sorted({row.ewc_lambda for line in lines.values() for row in line if row.ewc_lambda is not None})
+    drawn = [row for line in lines.values() for row in line]
+    strengths = sorted({row.strength for row in drawn if row.interpolate is None})  # type: ignore[type-var]
+    shares = sorted({row.interpolate for row in drawn if row.interpolate is not None})
+    ticks = [*range(len(strengths) + 1), *(len(strengths) + 1.5 + i for i in range(len(shares)))]
     one_plain = len({id(line[0]) for line in lines.values()}) == 1  # all modes start from the same λ = 0
+    over_lambda = [mode for mode, line in lines.items() if line[-1].interpolate is None]
     before = base.questions[name]
     if before.value is not None:
         axes.axhline(before.value, color=BASE_COLOUR, lw=0.8, ls=DASHES, zorder=1)
         axes.errorbar([0], [before.value], [before.stderr or 0], fmt="*", color=BASE_COLOUR, ms=13, elinewidth=1.5, capsize=3)
-    for i, (mode, line) in enumerate(lines.items()):
-        colour, marker = styles[mode]
-        shift = 0.16 * (i - (len(lines) - 1) / 2)  # side by side, so that error bars do not hide each other
-        drawn = []
+    for mode, line in lines.items():
+        colour, marker, dashes = styles[mode]
+        # side by side, so that error bars do not hide each other
+        shift = 0.16 * (over_lambda.index(mode) - (len(over_lambda) - 1) / 2) if mode in over_lambda else 0
+        points = []
         for row in line:
             score = row.questions.get(name)
-            if score and score.value is not None and row.ewc_lambda is not None:
-                place = 1 + strengths.index(row.ewc_lambda) + (0 if one_plain and row.ewc_lambda == 0 else shift)
-                drawn.append((place, score.value, score.stderr or 0))
-        x, y, error = np.array(drawn).reshape(-1, 3).T
-        axes.errorbar(x, y, error, fmt="-", marker=marker, color=colour, ms=7, lw=1.2, elinewidth=1.5, capsize=3, zorder=2)
-        if line[0].ewc_lambda == 0 and len(drawn) == len(line):
-            axes.plot(x[:1], y[:1], **PLAIN, zorder=3)
+            if score and score.value is not None:
+                if row.interpolate is not None:
+                    place = ticks[len(strengths) + 1 + shares.index(row.interpolate)]
+                else:
+                    place = 1 + strengths.index(row.strength) + (0 if one_plain and row.strength == 0 else shift)
+                points.append((place, score.value, score.stderr or 0))
+        # between λ = 0 and the shares lie the λ of other modes: no line leads through those
+        for part in [points] if mode in over_lambda else [points[:1], points[1:]]:
+            x, y, error = np.array(part).reshape(-1, 3).T
+            style: dict[str, Any] = {"color": colour, "marker": marker, "ms": 7, "lw": 1.2, "ls": dashes, "zorder": 2}
+            axes.errorbar(x, y, error, elinewidth=1.5, capsize=3, **style)
+        if line[0].strength == 0 and len(points) == len(line):
+            axes.plot(*points[0][:2], **PLAIN, zorder=3)
     if before.chance is not None:
         axes.axhline(before.chance, color=BASE_COLOUR, lw=1.2, ls=":", zorder=1)
-    axes.set_xticks(range(len(strengths) + 1), ["base", *(f"{value:g}" for value in strengths)])
-    axes.set_xlim(-0.6, len(strengths) + 0.6)
+    names = ["base", *(_power(f"{value:g}") for value in strengths), *(f"{100 * value:g}%" for value in shares)]
+    axes.set_xticks(ticks, names)
+    axes.set_xlim(-0.6, ticks[-1] + 0.6)
     axes.margins(y=0.12)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     _dress(axes, f"Questions answered right: {name}")
-    axes.set_xlabel("λ   (kept more →)", fontsize=FONT_SIZE)
+    axes.set_xlabel("λ   (kept more →)" + ("  ·  way back" if shares else ""), fontsize=FONT_SIZE)
 
 
 def _dress(axes: Axes, title: str) -> None:
@@ -136,13 +152,30 @@ def _dress(axes: Axes, title: str) -> None:
 
 
 def _legend(styles: dict, table: list[Row], question_sets: list[str]) -> list[Line2D]:
-    handles = [Line2D([], [], color=colour, marker=marker, ms=8, label=mode) for mode, (colour, marker) in styles.items()]
-    if any(row.ewc_lambda == 0 for row in table):
+    handles = [
+        Line2D([], [], color=colour, marker=marker, ls=dashes, ms=8, label=mode if dashes == "-" else f"{mode}, after training")
+        for mode, (colour, marker, dashes) in styles.items()
+    ]
+    if any(row.strength == 0 for row in table):
         handles.append(Line2D([], [], **PLAIN, label="λ = 0: plain fine-tuning"))
     handles.append(Line2D([], [], color=BASE_COLOUR, ls=DASHES, lw=0.8, marker="*", ms=12, label="base, before training"))
     if any(table[0].questions[name].chance is not None for name in question_sets):
         handles.append(Line2D([], [], color=BASE_COLOUR, ls=":", label="guessing"))
     return handles
+
+
+def _dashes(line: list[Row]) -> Any:
+    return AFTER_TRAINING if line[-1].merged else "-"
+
+
+def _power(number: str) -> str:
+    """A large round number in less space: 10⁵ for 100000."""
+    zeros = len(number) - 1
+    return f"$10^{zeros}$" if zeros >= 4 and number == "1" + zeros * "0" else number
+
+
+def _name(row: Row) -> str:
+    return f"{row.mode} {row.label}" if row.interpolate is not None else f"{row.mode} λ = {row.label}"
 
 
 def _points(line: list[Row]) -> list[Row]:
@@ -163,8 +196,8 @@ def _base_point(base: Row, lines: dict[str, list[Row]]) -> list[tuple[float, flo
         return []
     x, y = _xy([base])[:, 0]
     drawn = np.concatenate([_xy(line)[0] for line in lines.values()]) if lines else np.array([])
-    if len(drawn) and x > drawn.max() + 2 * (span := max(np.ptp(drawn), 0.05)):
-        return [(drawn.max() + span, y, f"base, at {x:.2f} →")]
+    if len(drawn) and x > drawn.max() + (span := max(np.ptp(drawn), 0.05)):
+        return [(drawn.max() + span / 3, y, f"base, at {x:.2f} →")]
     return [(x, y, "base")]
 
 
@@ -173,7 +206,7 @@ def _label_points(axes: Axes, base: Row, lines: dict[str, list[Row]], styles: di
     wanted: dict[tuple[float, float, str], str] = {}  # (x, y, text) → colour; a λ = 0 that all modes share is written once
     for mode, line in lines.items():
         for row, (x, y) in zip(_points(line), _xy(line).T, strict=True):
-            text, colour = (f"{row.ewc_lambda:g}", styles[mode][0]) if row.ewc_lambda else ("λ = 0", "black")
+            text, colour = (_power(row.label), styles[mode][0]) if row.strength else ("λ = 0", "black")
             wanted.setdefault((x, y, text), colour)
     wanted |= dict.fromkeys(_base_point(base, lines), BASE_COLOUR)
     if not wanted:

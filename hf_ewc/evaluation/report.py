@@ -24,16 +24,28 @@ class Column:
     show: Callable[[Row], str]
 
 
+MODE = "Where the penalty acts. “base” is the model before training."
+MERGED = (
+    " “merge” and “interpolate” were not trained: they are the λ = 0 model, taken part of the way back to the base, each "
+    "weight by its importance in the one and all alike in the other."
+)
+MERGE_LAMBDA = " In “merge” it is on a scale of its own: at 1 a weight of mean importance goes half of the way back."
+SHARE = " Where a per cent sign stands there is no λ: it is the share of the way back, the same for all weights."
+
+
 def columns(results: dict) -> list[Column]:
     """The table's columns, from left to right; one for each question set of the base."""
     old, new = domain_titles(results)
+    kinds = {"λ" if row.interpolate is None else "%" for row in rows(results) if row.merged}
     found = [
-        Column("mode", "", "Where the penalty acts. “base” is the model before training.", lambda row: row.mode),
+        Column("mode", "", MODE + (MERGED if kinds else ""), lambda row: row.mode),
         Column(
             "λ",
             "",
-            f"Strength of the penalty. 0 is plain fine-tuning; a larger λ keeps more of {old} and learns less of {new}.",
-            lambda row: "–" if row.ewc_lambda is None else f"{row.ewc_lambda:g}",
+            f"Strength of the penalty. 0 is plain fine-tuning; a larger λ keeps more of {old} and learns less of {new}."
+            + (MERGE_LAMBDA if "λ" in kinds else "")
+            + (SHARE if "%" in kinds else ""),
+            lambda row: row.label,
         ),
         Column(
             old,
@@ -119,11 +131,12 @@ def html_report(results: dict, picture: bytes | None = None, title: str = "What 
     figure = ""
     if picture:
         source = base64.b64encode(picture).decode()
+        dashed = " (dashed: made after training)" if any(row.merged for row in rows(results)) else ""
         figure = f"""<figure>
 <img alt="Bits per byte of {escape(old)} against {escape(new)}, and question accuracy, for each λ"
  src="data:image/png;base64,{source}">
-<figcaption>Left: each line is one mode, each point one λ; further down is kept more of {escape(old)}, further left is learned
-more of {escape(new)}, so the lower left is best. Right: questions answered right, ± one standard error.</figcaption>
+<figcaption>Left: each line is one mode, each point one λ{dashed}; further down is kept more of {escape(old)}, further left is
+learned more of {escape(new)}, so the lower left is best. Right: questions answered right, ± one standard error.</figcaption>
 </figure>"""
     shown = columns(results)
     head = "".join(f"<th>{escape(c.title)}<small>{escape(c.unit)}</small></th>" for c in shown)
@@ -150,8 +163,8 @@ more of {escape(new)}, so the lower left is best. Right: questions answered righ
 <main>
 <h1>{escape(title)}</h1>
 <p>Elastic Weight Consolidation: a model that knew {escape(old)} was trained on {escape(new)}, once for each strength λ of the
-penalty that holds the weights which {escape(old)} needs. Every row of the table is one trained model, measured on texts that
-it did not see in training.</p>
+penalty that holds the weights which {escape(old)} needs. Every row of the table is one model, measured on texts that it did not
+see in training.</p>
 {figure}
 <div class="wide"><table>
 <thead><tr>{head}</tr></thead>

@@ -6,10 +6,17 @@ Figures, tables and pages are views of this one file, so each of them can be mad
 {"schema": 1,
  "base": {...},                                   # which model, with the `fingerprint` of its weights
  "before": metrics,                               # `evaluate_model` of the base
- "runs": [{"mode": "proximal", "ewc_lambda": 1.0, "metrics": metrics, "log": {...}, "seconds": 61.0}, ...],
+ "runs": [{"mode": "proximal", "ewc_lambda": 1.0, "metrics": metrics, "log": {...}, "seconds": 61.0},
+          # made after training: the λ = 0 run, taken part of the way back to the base
+          {"mode": "merge", "ewc_lambda": 0.0, "merge_lambda": 10.0, ...},
+          {"mode": "interpolate", "ewc_lambda": 0.0, "interpolate": 0.5, ...}],
  "settings": {"old": "english", "new": "lithuanian", ...},   # names of the texts that are to be kept and learned
  "versions": {...}}
 ```
+
+`ewc_lambda` is always the λ of training, as in `ewc_state.json`, so that a merge of the λ = 0 run has 0 there, and how far it
+went back in a field of its own. A reader that does not know these fields shows such rows under their mode with λ = 0, and
+draws no line through them.
 """
 
 from __future__ import annotations
@@ -42,11 +49,13 @@ class Row:
 
     Parameters:
         mode (`str`): Where the penalty acts; `"base"` for the model before training.
-        ewc_lambda (`float`, *optional*): Strength λ, `None` for the base.
+        ewc_lambda (`float`, *optional*): Strength λ in training, `None` for the base.
         old, new (`float`, *optional*): Bits per byte of the old (kept) and the new (learned) texts; `None` if not finite.
         forgetting (`float`, *optional*): `old` minus the base's `old`.
         learning (`float`, *optional*): The base's `new` minus `new`.
         questions (`dict[str, Accuracy]`): Question set → accuracy.
+        merge_lambda (`float`, *optional*): λ of a merge with the base after training.
+        interpolate (`float`, *optional*): In its place, the share of the way back to the base, the same for all weights.
     """
 
     mode: str
@@ -56,6 +65,25 @@ class Row:
     forgetting: float | None
     learning: float | None
     questions: dict[str, Accuracy]
+    merge_lambda: float | None = None
+    interpolate: float | None = None
+
+    @property
+    def merged(self) -> bool:
+        """Whether the model was made after training."""
+        return self.merge_lambda is not None or self.interpolate is not None
+
+    @property
+    def strength(self) -> float | None:
+        """What orders the rows of a mode: λ, that of the merge, or the share of the way back; `None` for the base."""
+        return next((value for value in (self.merge_lambda, self.interpolate) if value is not None), self.ewc_lambda)
+
+    @property
+    def label(self) -> str:
+        """The strength as it is shown: `10`, or `50 %` of the way back, which is no λ."""
+        if self.interpolate is not None:
+            return f"{100 * self.interpolate:g} %"
+        return "–" if self.strength is None else f"{self.strength:g}"
 
 
 def domains(results: dict) -> tuple[str, str]:
@@ -71,26 +99,27 @@ def domain_titles(results: dict) -> tuple[str, str]:
 
 
 def rows(results: dict) -> list[Row]:
-    """The base, then the runs: modes in the order of their first run, λ ascending within a mode."""
+    """The base, then the runs: modes in the order of their first run, λ (or share) ascending within a mode."""
     check_results(results)
-    base = _row("base", None, results["before"], domains(results))
+    base = _row({"mode": "base", "ewc_lambda": None, "metrics": results["before"]}, domains(results))
     modes = list(dict.fromkeys(run["mode"] for run in results["runs"]))
-    runs = sorted(results["runs"], key=lambda run: (modes.index(run["mode"]), run["ewc_lambda"]))
-    return [base, *(_row(run["mode"], run["ewc_lambda"], run["metrics"], domains(results), base) for run in runs)]
+    runs = [_row(run, domains(results), base) for run in results["runs"]]
+    return [base, *sorted(runs, key=lambda row: (modes.index(row.mode), row.strength))]
 
 
 def fronts(table: list[Row]) -> dict[str, list[Row]]:
     """
     Mode → its rows from λ = 0 upwards, for the lines of a figure.
 
-    λ = 0 is plain fine-tuning in every mode, so one such run opens the line of all modes that have none of their own.
+    λ = 0 is plain fine-tuning in every mode, so one such run opens the line of all modes that have none of their own; that of
+    a merge, too, which starts from this very model.
     """
     runs = table[1:]
-    plain = [row for row in runs if row.ewc_lambda == 0]
+    plain = [row for row in runs if row.strength == 0]
     lines: dict[str, list[Row]] = {}
-    for mode in dict.fromkeys(row.mode for row in runs if row.ewc_lambda):
+    for mode in dict.fromkeys(row.mode for row in runs if row.strength):
         own = [row for row in runs if row.mode == mode]
-        lines[mode] = own if own[0].ewc_lambda == 0 else plain[:1] + own
+        lines[mode] = own if own[0].strength == 0 else plain[:1] + own
     if not lines and plain:
         lines[plain[0].mode] = plain[:1]
     return lines
@@ -141,7 +170,8 @@ def load_results(path: str | Path) -> dict:
     return results
 
 
-def _row(mode: str, ewc_lambda: float | None, metrics: dict, names: tuple[str, str], base: Row | None = None) -> Row:
+def _row(run: dict, names: tuple[str, str], base: Row | None = None) -> Row:
+    metrics = run["metrics"]
     old, new = (_finite(metrics["texts"][name]["bits_per_byte"]) for name in names)
     questions = {
         name: Accuracy(_finite(score["accuracy"]), _finite(score.get("stderr")), _finite(score.get("chance")))
@@ -149,7 +179,8 @@ def _row(mode: str, ewc_lambda: float | None, metrics: dict, names: tuple[str, s
     }
     forgetting = _difference(old, base.old) if base else None
     learning = _difference(base.new, new) if base else None
-    return Row(mode, ewc_lambda, old, new, forgetting, learning, questions)
+    how = {name: run.get(name) for name in ("merge_lambda", "interpolate")}
+    return Row(run["mode"], run["ewc_lambda"], old, new, forgetting, learning, questions, **how)
 
 
 def _difference(a: float | None, b: float | None) -> float | None:

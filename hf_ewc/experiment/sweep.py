@@ -1,10 +1,11 @@
-"""One training run per (mode, λ), measured and reported together: `hf-ewc sweep` and the demo.
+"""One training run per (mode, λ), measured and reported together: `hf-ewc sweep` and the demo, which merges as well.
 
 A sweep is a folder that can be killed at any moment and started again:
 
     before.json                     the base's measurements
     runs/proximal-1/run.json        the run's settings, and its training log once it is trained
     runs/proximal-1/result.json     its measurements; a run that has it is finished
+    runs/merge-10/result.json       the λ = 0 run, taken part of the way back to the base, and measured
     results.json, table.md, retention.png, report.html
 """
 
@@ -27,6 +28,7 @@ from ..config import EvaluationConfig, EWCConfig
 from ..errors import ConfigError
 from ..evaluation import evaluate_model, metrics_text, write_report
 from ..trainer import last_complete_checkpoint
+from .merges import plan_merges
 from .records import check_recorded, content_of, describe, read_json, versions, write_json
 from .training import Progress, Rows, check_fisher, train_model
 
@@ -58,6 +60,7 @@ def run_sweep(
     old: str,
     new: str,
     settings: dict[str, Any] | None = None,
+    merges: Sequence[tuple[str, float]] = (),
     keep_checkpoints: bool = False,
     progress: Progress = print,
 ) -> dict:
@@ -76,6 +79,9 @@ def run_sweep(
         output_dir (`str` or `Path`): the sweep's folder.
         old, new (`str`): names of the evaluation's texts that are to be kept and to be learned.
         settings (`dict`, *optional*): what else identifies the sweep, such as the dataset's name; recorded and compared.
+        merges (sequence of `(str, float)`, *optional*): `("merge", λ)` or `("interpolate", share)`: models made after training
+            from the λ = 0 run and the base by [`merge_models`], with the Fisher of the runs, and measured like these. Without
+            a λ = 0 run there is nothing to merge, and they are left out.
         keep_checkpoints (`bool`, *optional*, defaults to `False`): keep each run's `checkpoint-*` besides its model.
         progress (`Callable`, *optional*): receives one line at a time.
 
@@ -113,11 +119,16 @@ def run_sweep(
     ]
     for out, record in zip(outs, records, strict=True):
         check_recorded(out / "run.json", record)
+    merged = []
+    if merges and (plain := next((i for i, (_, strength) in enumerate(runs) if strength == 0), None)) is not None:
+        pull = next(filter(None, fishers.values()), None) or check_fisher(base, make_args("proximal", 1.0, outs[plain]))[1]
+        merged = plan_merges(merges, outs[plain], model, pull, records[plain])
+    total = len(runs) + len(merged)
 
     before = _base_metrics(base, model, evaluation, measured, folder / "before.json", progress)
     finished = []
     for number, ((mode, strength), out, args, record) in enumerate(zip(runs, outs, plan, records, strict=True), 1):
-        title = f"[{number}/{len(runs)}] {mode}, λ = {strength:g}"
+        title = f"[{number}/{total}] {mode}, λ = {strength:g}"
         if (out / "result.json").is_file():
             progress(f"{title}: finished before")
         else:
@@ -125,6 +136,16 @@ def run_sweep(
         for checkpoint in () if keep_checkpoints else out.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
         finished.append({"mode": mode, "ewc_lambda": strength, **read_json(out / "result.json")})
+    for number, merge in enumerate(merged, len(runs) + 1):
+        title = f"[{number}/{total}] {merge.title}"
+        if not merge.possible():
+            progress(f"{title}: left out, as the loss of the λ = 0 run is not finite")
+            continue
+        if merge.finished():
+            progress(f"{title}: finished before")
+        else:
+            _measure(title, merge.out, merge.make(), evaluation, progress)
+        finished.append(merge.row())
     shown = {name: value for name, value in plan[0].to_dict().items() if _SHOWN.fullmatch(name)}
     results = {
         "schema": 1,
@@ -162,10 +183,15 @@ def _one_run(
         run["seconds"] = time.monotonic() - started  # of the part that ran last
         _free_memory()
         write_json(out / "run.json", run)
+    _measure(title, out, {"log": run["log"], "seconds": run["seconds"]}, evaluation, progress)
+
+
+def _measure(title: str, out: Path, made: dict[str, Any], evaluation: EvaluationConfig, progress: Progress) -> None:
+    """Measure a model as it lies on the disk, and write its `result.json`, which says that it is finished."""
     progress(f"{title}: measuring")
     metrics = evaluate_model(str(out), replace(evaluation, revision=None))
     _free_memory()
-    write_json(out / "result.json", {"metrics": metrics, "log": run["log"], "seconds": run["seconds"]})
+    write_json(out / "result.json", {"metrics": metrics, **made})
     progress(metrics_text(metrics))
 
 

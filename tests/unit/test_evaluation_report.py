@@ -58,6 +58,17 @@ def sweep(modes: int, strengths: int, sets: tuple[str, ...] = ("facts",), seed: 
     }
 
 
+def with_merges(results: dict, *modes: str) -> dict:
+    """The same sweep, with models that were made of its λ = 0 run; strengths in no order."""
+    sets, fields = tuple(results["before"]["questions"]), {"merge": "merge_lambda", "interpolate": "interpolate"}
+    strengths = {"merge": [10.0, 1.0, 3.0], "interpolate": [0.5, 0.25, 0.75]}
+    for mode in modes:
+        for strength, share in zip(strengths[mode], (0.45, 0.8, 0.15), strict=True):
+            figures = metrics(1.62 + 1.43 * share, 2.9 - 1.19 * share**0.5, 0.67 - 0.36 * share, sets)
+            results["runs"].append({"mode": mode, "ewc_lambda": 0.0, fields[mode]: strength, "metrics": figures})
+    return results
+
+
 def test_forgetting_and_learning_are_differences_from_the_base():
     table = rows(sweep(1, 1))
     assert [(row.mode, row.ewc_lambda) for row in table] == [("base", None), ("loss", 0), ("proximal", 1000)]
@@ -70,6 +81,24 @@ def test_every_mode_starts_from_plain_fine_tuning():
     lines = fronts(rows(sweep(3, 3)))
     assert list(lines) == ["loss", "proximal", "decoupled"]
     assert all([row.ewc_lambda for row in line] == [0, 0.1, 1, 1000] for line in lines.values())
+
+
+def test_a_model_made_after_training_shows_its_own_strength_and_a_share_is_no_lambda():
+    results = with_merges(sweep(1, 1), "merge", "interpolate")
+    table = rows(results)
+    assert [row.label for row in table] == ["–", "0", "1000", "1", "3", "10", "25 %", "50 %", "75 %"]
+    assert {row.ewc_lambda for row in table if row.merged} == {0.0}  # trained without a penalty
+    assert [[row.label for row in line] for line in fronts(table).values()] == [
+        ["0", "1000"], ["0", "1", "3", "10"], ["0", "25 %", "50 %", "75 %"]]  # fmt: skip
+    assert "| interpolate | 50 % |" in table_markdown(results)
+    assert re.split(r" {2,}", table_text(results).splitlines()[-2])[:2] == ["interpolate", "50 %"]
+    page, plain = html_report(results, b"png"), html_report(sweep(1, 1), b"png")
+    for words in ("” were not trained", "half of the way back", "it is the share", "dashed: made after training"):
+        assert words in page
+        assert words not in plain  # a sweep without them is not burdened with words about them
+    half = next(run for run in results["runs"] if run.get("interpolate") == 0.5)
+    half["metrics"]["texts"]["english"]["bits_per_byte"] = math.inf
+    assert draw(results).get_suptitle() == "not drawn, loss not finite: interpolate 50 %"
 
 
 def test_the_terminal_table_is_aligned_and_says_everything():
@@ -156,14 +185,22 @@ def test_write_report_writes_four_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("modes", "strengths", "sets"), [(0, 0, ()), (1, 3, ("facts",)), (2, 4, ("facts", "mmlu")), (3, 6, ("facts",))]
+    ("modes", "strengths", "merges", "sets"),
+    [
+        (0, 0, (), ()),
+        (0, 0, ("interpolate",), ("facts",)),
+        (1, 3, (), ("facts",)),
+        (2, 4, (), ("facts", "mmlu")),
+        (3, 6, (), ("facts",)),
+        (3, 3, ("merge", "interpolate"), ("facts",)),
+    ],
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_labels_cover_neither_each_other_nor_lines_nor_points(modes, strengths, sets, seed):
-    figure = draw(sweep(modes, strengths, sets, seed))
+def test_labels_cover_neither_each_other_nor_lines_nor_points(modes, strengths, merges, sets, seed):
+    figure = draw(with_merges(sweep(modes, strengths, sets, seed), *merges))
     axes = figure.axes[0]
     labels = [(text.get_text(), text.get_window_extent()) for text in axes.texts]
-    assert len(labels) == 2 + modes * strengths  # base, λ = 0, and one per run
+    assert len(labels) == 2 + modes * strengths + 3 * len(merges)  # base, λ = 0, and one per run
     for (one, box), (other, its) in itertools.combinations(labels, 2):
         assert not box.overlaps(its), f"{one} and {other} overlap"
     for text, box in labels:
@@ -184,3 +221,17 @@ def test_each_question_set_has_its_panel_with_a_level_of_guessing():
     for axes in figure.axes[1:]:
         assert any(line.get_linestyle() == ":" and np.allclose(line.get_ydata(), 0.25) for line in axes.lines)
         assert [tick.get_text() for tick in axes.get_xticklabels()] == ["base", "0", "0.1", "1", "1000"]
+
+
+def test_shares_of_the_way_back_stand_beside_the_lambdas_and_names_under_the_panels_stay_apart():
+    results = with_merges(sweep(3, 3), "merge", "interpolate")
+    results["runs"].append({"mode": "decoupled", "ewc_lambda": 1e5, "metrics": metrics(2.0, 2.0, 0.5)})
+    panel = draw(results).axes[1]
+    ticks = panel.get_xticklabels()
+    names = [tick.get_text() for tick in ticks]
+    assert names == ["base", "0", "0.1", "1", "3", "10", "1000", "$10^5$", "25%", "50%", "75%"]
+    for one, other in itertools.pairwise(tick.get_window_extent() for tick in ticks):
+        assert one.x1 < other.x0
+    shares = next(line for line in panel.lines if line.get_marker() == "X" and len(line.get_xdata()) == 3)
+    assert shares.get_xdata() == pytest.approx(panel.get_xticks()[-3:])
+    assert shares.get_linestyle() != "-"
