@@ -1,4 +1,5 @@
 # make demo   see it work, under three minutes        make demo ARGS="--lambdas 0 10 --steps 30"
+# make space  the same models side by side, on a page of this machine: http://127.0.0.1:7860
 # make test   lint, types and all tests             make lint   ruff and mypy only        make clean
 #
 # The virtual environment is made by itself, and again when setup.cfg or constraints.txt changes. Without a GPU, spare yourself
@@ -12,6 +13,9 @@ READY := $(VENV)/.ready
 
 demo: $(READY)
 	$(BIN)/hf-ewc demo --resume $(ARGS)
+
+space: $(READY)
+	$(BIN)/hf-ewc compare $(ARGS)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
@@ -31,4 +35,4 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: demo test lint clean
+.PHONY: demo space test lint clean

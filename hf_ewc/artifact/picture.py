@@ -34,7 +34,7 @@ def trace_picture(rows: Sequence[Mapping[str, Any]]) -> bytes:
     Args:
         rows (sequence of `dict`): rows of `summary/params.parquet`, see [`describe`].
     """
-    bars = _bars(rows)
+    bars = trace_bars(rows)
     figure = Figure(figsize=(min(14, max(7, 3 + 0.4 * len(bars))), 4.4), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.1))
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -91,7 +91,7 @@ def _trace(rows: Iterable[Mapping[str, Any]]) -> float:
     return math.fsum(row["trace"] for row in rows)
 
 
-def _bars(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+def trace_bars(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Bar → group → share of the trace: what stands before the layers, the layers, what stands behind them."""
     total = _trace(rows) or 1.0
     layers = sorted({row["layer"] for row in rows if row["layer"] is not None})

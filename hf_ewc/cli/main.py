@@ -26,6 +26,7 @@ COMMANDS = {
     "train": "teach the model something new while those weights hold",
     "evaluate": "what was learned, what was forgotten",
     "sweep": "train and evaluate for several λ, with a table, a picture and a report",
+    "compare": "base and adapted model side by side, on a page of this machine",
     "merge": "a trained model goes part of the way back to its base, each weight by its importance",
     "push": "publish a Fisher, a model, or a whole release on the Hub",
     "pull": "fetch a Fisher from the Hub in advance",

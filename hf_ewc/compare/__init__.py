@@ -7,37 +7,59 @@
 
 from __future__ import annotations
 
+from .between import STOPS, Between, label_of
 from .blind import VOTES, BlindRound, Reveal, Tally
 from .divergence import diverges_at
+from .facts import Facts, Heading, ResultFacts, fisher_of, load_facts
 from .generation import Frame, Pane, stream
 from .limits import Limits, RateLimit, Slots
-from .pair import STEPS, ModelPair, PairLoader, Side
+from .lineage import LineageLink
+from .loading import STEPS, Loader
+from .pair import ModelPair, Side
 from .problems import CompareError, problem_code, public_message
 from .prompts import PromptCheck, check_prompt
 from .sampling import Sampling
+from .service import CompareService, Status
+from .settings import SPACE_FILE, CompareConfig, app_folder
 from .surprisal import Scores, TokenScore, score
+from .votes import VoteStore
 
 __all__ = [
+    "SPACE_FILE",
     "STEPS",
+    "STOPS",
     "VOTES",
+    "Between",
     "BlindRound",
+    "CompareConfig",
     "CompareError",
+    "CompareService",
+    "Facts",
     "Frame",
+    "Heading",
     "Limits",
+    "LineageLink",
+    "Loader",
     "ModelPair",
-    "PairLoader",
     "Pane",
     "PromptCheck",
     "RateLimit",
+    "ResultFacts",
     "Reveal",
     "Sampling",
     "Scores",
     "Side",
     "Slots",
+    "Status",
     "Tally",
     "TokenScore",
+    "VoteStore",
+    "app_folder",
     "check_prompt",
     "diverges_at",
+    "fisher_of",
+    "label_of",
+    "load_facts",
     "problem_code",
     "public_message",
     "score",

@@ -53,6 +53,10 @@ class Pane:
     def finished(self) -> bool:
         return self.reason is not None
 
+    def stopped(self) -> Pane:
+        """The same, ended by the visitor if it has not ended already."""
+        return self if self.finished else replace(self, reason="stopped")
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -61,9 +65,18 @@ class Frame:
     base: Pane
     adapted: Pane
 
+    @classmethod
+    def empty(cls) -> Frame:
+        """Before the first step."""
+        return cls(Pane(), Pane())
+
     @property
     def finished(self) -> bool:
         return self.base.finished and self.adapted.finished
+
+    def stopped(self) -> Frame:
+        """The same texts, ended by the visitor."""
+        return Frame(self.base.stopped(), self.adapted.stopped())
 
     @property
     def diverges_at(self) -> int | None:
@@ -174,8 +187,7 @@ class _Writer:
             self.pane = Pane(_whole_characters(self.pane.text, text), ids)
 
     def stop(self) -> None:
-        if not self.pane.finished:
-            self.pane = replace(self.pane, reason="stopped")
+        self.pane = self.pane.stopped()
 
     def close(self) -> None:
         """Free the caches."""

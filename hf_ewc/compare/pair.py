@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +10,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..artifact import BaseModel
+from ..artifact import BaseModel, tokenizer_sha256
 from ..errors import ConfigError, DataError
-from .problems import CompareError, problem_code, public_message
-
-logger = logging.getLogger(__name__)
+from .problems import CompareError
 
 
 @dataclass(frozen=True)
@@ -25,7 +21,7 @@ class Side:
     One of the two models.
 
     Parameters:
-        role (`str`): `"base"` or `"adapted"`.
+        role (`str`): `"base"` or `"adapted"`; `"between"` for a model that [`Between`] made of both.
         label (`str`): How the page names it: `google/gemma-2-2b@4f1c2d0`, or a folder's own name without where it lies.
         model ([`~transformers.PreTrainedModel`]): In eval mode, on its device.
         chat_template (`str`, *optional*): Its own; `None` for a model that only continues text.
@@ -112,7 +108,7 @@ class ModelPair:
             base_revision (`str`, *optional*), adapted_revision (`str`, *optional*): Branch, tag or commit on the Hub.
             device (`str`, *optional*): Defaults to the accelerator if there is one, else the CPU.
             dtype (`str`, *optional*, defaults to `"float32"`): Of the weights in memory, a floating point type of torch.
-            progress (`Callable[[str], None]`, *optional*): Told each step as it begins: one of `STEPS`.
+            progress (`Callable[[str], None]`, *optional*): Told each step as it begins: one of [`loading.STEPS`].
 
         Raises:
             ConfigError: An unknown `dtype` or `device`.
@@ -120,20 +116,41 @@ class ModelPair:
                 [`public_message`].
         """
         tell = progress or (lambda step: None)
-        kind = getattr(torch, dtype, None)
-        if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-            raise ConfigError(f"`dtype: {dtype}` is no floating point type of torch. Use float32, bfloat16 or float16.")
-        place = _device(device)
+        kind, place = _dtype(dtype), _device(device)
         tell("find_base")
         base_files = _resolve("base", base, base_revision)
         tell("find_adapted")
         adapted_files = _resolve("adapted", adapted, adapted_revision)
         tokenizer, templates = _shared_tokenizer(base_files, adapted_files)
-        loaded = []
+        sides = []
         for role, files, template in zip(("base", "adapted"), (base_files, adapted_files), templates, strict=True):
             tell(f"load_{role}")
-            loaded.append(Side(role, shown_name(files), _load_model(role, files, kind, place), template, files.revision))
-        return cls(loaded[0], loaded[1], tokenizer)
+            sides.append(_load_side(role, files, kind, place, template))
+        return cls(sides[0], sides[1], tokenizer)
+
+    def beside(
+        self, adapted: str | Path, revision: str | None = None, progress: Callable[[str], None] | None = None
+    ) -> ModelPair:
+        """A pair of the same base, which is not loaded again, and another adapted model; errors as of [`ModelPair.load`]."""
+        tell = progress or (lambda step: None)
+        tell("find_plain")
+        files = _resolve("adapted", adapted, revision)
+        mine = tokenizer_sha256(self.tokenizer)
+        if files.tokenizer_sha256 not in (None, mine):
+            raise CompareError(
+                "tokenizer",
+                f"'{shown_name(files)}' and '{self.base.label}' do not share a tokenizer: sha256 {files.tokenizer_sha256} and "
+                f"{mine}. Token by token, their texts cannot be compared. Name a model that was trained from this base.",
+                base=mine,
+                adapted=files.tokenizer_sha256,
+            )
+        tell("load_plain")
+        weights = self.base.model
+        return ModelPair(
+            self.base,
+            _load_side("adapted", files, weights.dtype, weights.device, self.adapted.chat_template),
+            self.tokenizer,
+        )
 
     def encode(self, side: Side, prompt: str) -> dict[str, torch.Tensor]:
         """The prompt as a side's `generate` takes it: as it is with the tokenizer's own BOS, or as one turn of a chat."""
@@ -147,73 +164,6 @@ class ModelPair:
             encoded = tokenizer(prompt, return_tensors="pt", verbose=False)
         # Some tokenizers add `token_type_ids`, which `generate` refuses for models that do not take them.
         return {name: encoded[name].to(side.model.device) for name in ("input_ids", "attention_mask")}
-
-
-STEPS = ("find_base", "find_adapted", "load_base", "load_adapted")
-
-
-class PairLoader:
-    """
-    A pair that loads in the background while the page is up already.
-
-    Parameters:
-        load (`Callable[[Callable[[str], None]], ModelPair]`): Loads the pair and tells each step; runs in a thread of its own.
-
-    Attributes:
-        state (`str`): `"loading"`, `"ready"` or `"failed"`.
-        step (`str`): One of `STEPS`, for the page to show.
-        problem (`str`): Why it failed, fit for the page.
-
-    Example:
-
-    ```python
-    >>> loader = PairLoader(lambda progress: ModelPair.load(base, adapted, progress=progress))
-    >>> loader.state, loader.step
-    ('loading', 'load_base')
-    >>> pair = loader.pair(timeout=5)
-    ```
-    """
-
-    def __init__(self, load: Callable[[Callable[[str], None]], ModelPair]):
-        self.state = "loading"
-        self.step = STEPS[0]
-        self.problem = ""
-        self._load = load
-        self._pair: ModelPair | None = None
-        self._code = ""
-        self._done = threading.Event()
-        threading.Thread(target=self._run, name="load-models", daemon=True).start()
-
-    def pair(self, timeout: float = 0.0) -> ModelPair:
-        """
-        The pair, once it is loaded.
-
-        Args:
-            timeout (`float`, *optional*, defaults to 0): Seconds to wait for it.
-
-        Raises:
-            CompareError: Still loading (`code="loading"`), or why it cannot be loaded.
-        """
-        self._done.wait(timeout)
-        if self._pair is not None:
-            return self._pair
-        if self.state == "failed":
-            raise CompareError(self._code, self.problem)
-        raise CompareError("loading", "the models are still loading. Try again in a minute.", step=self.step)
-
-    def _tell(self, step: str) -> None:
-        self.step = step
-
-    def _run(self) -> None:
-        try:
-            self._pair = self._load(self._tell)
-            self.state = "ready"
-        except Exception as error:
-            logger.exception("The models of the page cannot be loaded.")
-            self.problem, self._code = public_message(error), problem_code(error)
-            self.state = "failed"
-        finally:
-            self._done.set()
 
 
 def shown_name(files: BaseModel) -> str:
@@ -260,13 +210,20 @@ def _shared_tokenizer(base: BaseModel, adapted: BaseModel) -> tuple[PreTrainedTo
     return tokenizer, [one.chat_template if one else None for one in own]
 
 
-def _load_model(role: str, files: BaseModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _load_side(role: str, files: BaseModel, dtype: torch.dtype, device: torch.device, template: str | None) -> Side:
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(str(files.folder), dtype=dtype)
     except (OSError, ValueError) as error:
         said = str(error).replace(str(files.folder), shown_name(files))
         raise DataError(f"the {role} model '{shown_name(files)}' cannot be loaded: {said}") from error
-    return model.to(device).eval()
+    return Side(role, shown_name(files), model.to(device).eval(), template, files.revision)
+
+
+def _dtype(name: str) -> torch.dtype:
+    kind = getattr(torch, name, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise ConfigError(f"`dtype: {name}` is no floating point type of torch. Use float32, bfloat16 or float16.")
+    return kind
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -24,7 +24,7 @@ class CompareError(EWCError):
     Parameters:
         code (`str`):
             The kind of problem, for a translation: `"empty"`, `"not_text"`, `"characters"`, `"tokens"`, `"setting"`, `"busy"`,
-            `"rate"`, `"loading"`, `"not_finite"`, `"tokenizer"`, `"vote"`.
+            `"rate"`, `"loading"`, `"not_finite"`, `"tokenizer"`, `"vote"`, `"memory"`, `"no_fisher"`, `"stopped"`.
         message (`str`): It, in English.
         facts: The values in the message, by name, for a translation: `limit=20000, found=100000`.
     """

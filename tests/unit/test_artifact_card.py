@@ -16,7 +16,7 @@ from test_artifact_store import T, make_fisher
 from hf_ewc.artifact import ADAM_PATH, BaseModel, FisherInformation, StabilityRecord
 from hf_ewc.artifact import summary as summary_module
 from hf_ewc.artifact.card import render_card
-from hf_ewc.artifact.picture import _bars, trace_picture
+from hf_ewc.artifact.picture import trace_bars, trace_picture
 from hf_ewc.artifact.summary import describe
 from hf_ewc.hub import Licence
 
@@ -219,9 +219,9 @@ def test_the_card_shows_where_the_trace_lies(folder, manifest):
 
 def test_the_bar_of_the_final_norm_is_not_called_as_all_norms_are(folder):
     rows = pq.read_table(folder / "summary/params.parquet").to_pylist()
-    assert list(_bars(rows)) == ["embedding", "0", "1", "final norm"]
+    assert list(trace_bars(rows)) == ["embedding", "0", "1", "final norm"]
     other = {**rows[-1], "layer": None, "group": "norm", "module": "word_embeddings_layernorm"}
-    assert list(_bars([*rows, other]))[-1] == "other norms"
+    assert list(trace_bars([*rows, other]))[-1] == "other norms"
 
 
 def test_the_picture_of_the_trace_is_the_same_for_the_same_rows(folder):

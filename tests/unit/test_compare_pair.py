@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from hf_ewc import DataError, HubError
-from hf_ewc.compare import STEPS, CompareError, Limits, ModelPair, PairLoader, check_prompt, problem_code, public_message
+from hf_ewc.compare import STEPS, CompareError, Limits, Loader, ModelPair, check_prompt, problem_code, public_message
 from hf_ewc.errors import ConfigError
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
@@ -105,20 +105,20 @@ def test_while_a_pair_loads_the_page_is_told_how_far_it_is_and_gets_it_in_the_en
             base_folder, adapted_folder, device="cpu", progress=lambda step: (progress(step), steps.append(step))
         )
 
-    loader = PairLoader(load)
+    loader = Loader(load)
     assert loader.state == "loading"
     with pytest.raises(CompareError, match="still loading") as caught:
-        loader.pair()
+        loader.get()
     assert caught.value.code == "loading"
     go.set()
-    assert loader.pair(timeout=60).adapted.label == "adapted-lt"
-    assert (loader.state, loader.step, tuple(steps)) == ("ready", STEPS[-1], STEPS)
+    assert loader.get(timeout=60).adapted.label == "adapted-lt"
+    assert (loader.state, loader.step, tuple(steps)) == ("ready", STEPS[3], STEPS[:4])
 
 
 def test_a_pair_that_cannot_be_loaded_says_why_without_path(base_folder, tmp_path, caplog):
-    loader = PairLoader(lambda progress: ModelPair.load(base_folder, tmp_path / "nowhere", progress=progress))
+    loader = Loader(lambda progress: ModelPair.load(base_folder, tmp_path / "nowhere", progress=progress))
     with pytest.raises(CompareError, match="'nowhere'") as caught:
-        loader.pair(timeout=60)
+        loader.get(timeout=60)
     assert (loader.state, caught.value.code) == ("failed", "model")
     assert str(tmp_path) not in loader.problem
     assert str(tmp_path) in caplog.text  # the owner sees where it was looked for

@@ -1,0 +1,106 @@
+"""`hf-ewc compare`: base and adapted model side by side, on a page of this machine."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..compare import CompareConfig
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+HELP = """\
+Usage: hf-ewc compare [--base ID|FOLDER --adapted ID|FOLDER] [--key value …]
+
+Open a page on this machine: both models write on from one prompt, token by token at the same pace; which of them finds a text
+natural; the models between them (λ slider); what was kept and learned; blind votes. Without --base and --adapted it compares
+the models of `hf-ewc demo`, and makes them first if they are not there (under three minutes).
+
+  what      --base ID|FOLDER  --adapted ID|FOLDER  (--base_revision, --adapted_revision on the Hub)
+            --plain ID|FOLDER  (the same training without EWC, to show what EWC spared)
+            --fisher ID|FOLDER  (for the λ slider; default: what the adapted model's ewc_state.json names)
+            --results results.json  (of `hf-ewc evaluate --base … --output` or a sweep: the table)
+            --examples FILE.json  (prompts to offer; as in space_app/examples.json)
+  how       --dtype float32|bfloat16  --device cpu|cuda|mps  --slots 2  (visitors at once)
+  the page  --port 7860  (default: the first free one from there)  --open  (in the browser)
+            --votes_repo USER/NAME  (a dataset repository that stores blind votes; without it they are only counted)
+
+The page is seen from this machine only. Ctrl-C ends it. `hf-ewc push space` puts it on the Hub.
+
+Examples:
+  hf-ewc compare
+  hf-ewc compare --base google/gemma-2-2b --adapted me/gemma-2-2b-lt --dtype bfloat16
+  hf-ewc compare --base demo-out/base --adapted runs/lt --results runs/results.json --fisher runs/fisher
+"""
+
+
+@dataclass(kw_only=True)
+class CompareScript(CompareConfig):
+    """What `hf-ewc compare` needs."""
+
+    port: int | None = field(default=None, metadata={"help": "Port on 127.0.0.1; default: the first free one from 7860."})
+    open: bool = field(default=False, metadata={"help": "Open the page in the browser."})
+    output_dir: str = field(default="demo-out", metadata={"help": "Where the demo is, or goes, without --base and --adapted."})
+
+    def problems(self) -> list[str]:
+        demo = self.base is None and self.adapted is None
+        found = [] if demo else super().problems()
+        if self.port is not None and not 0 < self.port < 65536:
+            found.append(f"`port: {self.port}` is no port. Use one from 1 to 65535.")
+        return found
+
+
+def run(argv: list[str]) -> int:
+    from .options import parse
+
+    (script,) = parse("compare", argv, CompareScript)
+    app = _app()
+    if script.base is None:
+        _use_demo(script)
+
+    from ..compare import CompareService, Limits, Tally, VoteStore
+
+    tally = Tally(sink=VoteStore(script.votes_repo).add) if script.votes_repo else Tally()
+    service = CompareService(script, Limits(per_minute=600, burst=100), tally)  # the only visitor is whoever started it
+    print("Loading the models; the page is up meanwhile.", file=sys.stderr, flush=True)
+    here = dict(server_name="127.0.0.1", server_port=script.port, inbrowser=script.open)
+    blocks = app.serve(service, **here, prevent_thread_lock=True)
+    print(f"Open {blocks.local_url} (Ctrl-C ends it)", flush=True)
+    try:
+        blocks.block_thread()
+    finally:
+        blocks.close(verbose=False)
+    return 0
+
+
+def _app() -> ModuleType:
+    """`space_app/app.py`, whose folder is also the root of the Space."""
+    from ..compare import app_folder
+    from ..errors import ConfigError
+
+    try:
+        importlib.import_module("gradio")
+    except ImportError:
+        raise ConfigError("the page needs gradio, which is not installed: pip install 'gradio>=6.31'") from None
+    sys.path.insert(0, str(app_folder()))
+    return importlib.import_module("app")
+
+
+def _use_demo(script: CompareScript) -> None:
+    """The demo's base, its model with the largest λ of `proximal`, and the one without EWC."""
+    from ..compare import app_folder
+    from .demo import run as run_demo
+
+    folder = Path(script.output_dir)
+    adapted, plain = folder / "runs/proximal-1000", folder / "runs/sft-0"
+    if not all((path / "result.json").is_file() for path in (adapted, plain)) or not (folder / "results.json").is_file():
+        print("No models were named, so the demo makes some (under three minutes); next time they are there.", flush=True)
+        run_demo(["--output_dir", script.output_dir, "--resume"])
+    script.base, script.adapted, script.plain = str(folder / "base"), str(adapted), script.plain or str(plain)
+    script.fisher = script.fisher or str(folder / "fisher")
+    script.results = script.results or str(folder / "results.json")
+    script.examples = script.examples or str(app_folder() / "examples_demo.json")

@@ -1,0 +1,63 @@
+"""The words of the page: one file per language in `strings/`, and the choice of one by what a browser asks for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_ewc.compare import CompareError, problem_code, public_message
+
+Texts = Callable[..., str]
+STRINGS: dict[str, dict[str, str]] = {
+    path.stem: json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted(Path(__file__).with_name("strings").glob("*.json"))
+}
+DEFAULT = "en"
+
+
+def texts(language: str | None) -> Texts:
+    """`t("key", name=value)` in a language; English for one that has no strings."""
+    words = STRINGS.get(language or "", STRINGS[DEFAULT])
+
+    def t(key: str, **facts: Any) -> str:
+        return words[key].format(**facts)
+
+    return t
+
+
+def choose_language(query: Mapping[str, str], headers: Mapping[str, str]) -> str:
+    """`?lang=lt` of the address, else the first language of the browser that has strings, else English."""
+    if query.get("lang") in STRINGS:
+        return query["lang"]
+    wanted = []
+    for part in headers.get("accept-language", "").split(","):
+        tag, *options = part.strip().lower().split(";")
+        weight = next((option.strip()[2:] for option in options if option.strip().startswith("q=")), "1")
+        try:
+            wanted.append((float(weight), tag.partition("-")[0]))
+        except ValueError:
+            continue
+    ranked = sorted(wanted, key=lambda pair: -pair[0])  # stable: equal weights stay in the browser's order
+    return next((tag for weight, tag in ranked if weight > 0 and tag in STRINGS), DEFAULT)
+
+
+def domain(t: Texts, name: str) -> str:
+    """Name of a set of texts or questions, in words where it has some."""
+    try:
+        return t(f"domain.{name.lower()}")
+    except KeyError:
+        return name
+
+
+def problem_text(t: Texts, error: BaseException) -> str:
+    """An error for the page, in its language where there are words for it, else in the package's plain English."""
+    facts = {name: f"{value:,}" if isinstance(value, int) else value for name, value in getattr(error, "facts", {}).items()}
+    if isinstance(error, CompareError) and error.code == "not_text":
+        facts["position"] = error.facts["position"] + 1
+    try:
+        return t(f"problem.{problem_code(error)}", **facts)
+    except KeyError:
+        message = public_message(error)
+        return message[:1].upper() + message[1:]
