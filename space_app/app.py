@@ -32,8 +32,8 @@ from hf_ewc.compare import (
     VoteStore,
     label_of,
 )
-from hf_ewc.config import raise_problems
-from hf_ewc.errors import EWCError
+from hf_ewc.config import SPACE_FILE, raise_problems
+from hf_ewc.errors import ConfigError, EWCError
 
 FOLDER = Path(__file__).resolve().parent
 FRAME_SECONDS = 0.04  # a fast model is shown 25 times a second, not at each token
@@ -504,7 +504,14 @@ def main() -> None:
     """On a Space."""
     logging.basicConfig(level=logging.INFO)
     config = CompareConfig.of_space(FOLDER)
-    raise_problems("The Space has nothing to compare", config.problems())
+    if not config.base and not config.adapted:
+        raise ConfigError(
+            f"this Space does not say what to compare: set `base` and `adapted` in {SPACE_FILE}, or the variables HF_EWC_BASE "
+            "and HF_EWC_ADAPTED in its settings. `hf-ewc push space` does so."
+        )
+    raise_problems("The Space cannot start", config.problems())
+    if config.results:
+        config.results = str(FOLDER / config.results)  # it was committed beside this file
     try:
         import spaces  # of ZeroGPU: a device that is lent for each call
 

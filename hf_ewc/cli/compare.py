@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..compare import CompareConfig
-
 if TYPE_CHECKING:
     from types import ModuleType
+
+    from ..compare import CompareConfig
 
 HELP = """\
 Usage: hf-ewc compare [--base ID|FOLDER --adapted ID|FOLDER] [--key value …]
@@ -38,36 +38,31 @@ Examples:
 """
 
 
-@dataclass(kw_only=True)
-class CompareScript(CompareConfig):
-    """What `hf-ewc compare` needs."""
+@dataclass
+class PageScript:
+    """What `hf-ewc compare` needs besides the settings of the comparison."""
 
     port: int | None = field(default=None, metadata={"help": "Port on 127.0.0.1; default: the first free one from 7860."})
     open: bool = field(default=False, metadata={"help": "Open the page in the browser."})
     output_dir: str = field(default="demo-out", metadata={"help": "Where the demo is, or goes, without --base and --adapted."})
 
     def problems(self) -> list[str]:
-        demo = self.base is None and self.adapted is None
-        found = [] if demo else super().problems()
-        if self.port is not None and not 0 < self.port < 65536:
-            found.append(f"`port: {self.port}` is no port. Use one from 1 to 65535.")
-        return found
+        wrong = self.port is not None and not 0 < self.port < 65536
+        return [f"`port: {self.port}` is no port. Use one from 1 to 65535."] if wrong else []
 
 
 def run(argv: list[str]) -> int:
+    from ..compare import CompareConfig, CompareService, Limits, Tally, VoteStore
     from .options import parse
 
-    (script,) = parse("compare", argv, CompareScript)
+    config, page = parse("compare", argv, CompareConfig, PageScript)
     app = _app()
-    if script.base is None:
-        _use_demo(script)
-
-    from ..compare import CompareService, Limits, Tally, VoteStore
-
-    tally = Tally(sink=VoteStore(script.votes_repo).add) if script.votes_repo else Tally()
-    service = CompareService(script, Limits(per_minute=600, burst=100), tally)  # the only visitor is whoever started it
+    if config.base is None:
+        _use_demo(config, Path(page.output_dir))
+    tally = Tally(sink=VoteStore(config.votes_repo).add) if config.votes_repo else Tally()
+    service = CompareService(config, Limits(per_minute=600, burst=100), tally)  # the only visitor is whoever started it
     print("Loading the models; the page is up meanwhile.", file=sys.stderr, flush=True)
-    here = dict(server_name="127.0.0.1", server_port=script.port, inbrowser=script.open)
+    here = dict(server_name="127.0.0.1", server_port=page.port, inbrowser=page.open)
     blocks = app.serve(service, **here, prevent_thread_lock=True)
     print(f"Open {blocks.local_url} (Ctrl-C ends it)", flush=True)
     try:
@@ -90,17 +85,16 @@ def _app() -> ModuleType:
     return importlib.import_module("app")
 
 
-def _use_demo(script: CompareScript) -> None:
+def _use_demo(config: CompareConfig, folder: Path) -> None:
     """The demo's base, its model with the largest λ of `proximal`, and the one without EWC."""
     from ..compare import app_folder
     from .demo import run as run_demo
 
-    folder = Path(script.output_dir)
     adapted, plain = folder / "runs/proximal-1000", folder / "runs/sft-0"
     if not all((path / "result.json").is_file() for path in (adapted, plain)) or not (folder / "results.json").is_file():
         print("No models were named, so the demo makes some (under three minutes); next time they are there.", flush=True)
-        run_demo(["--output_dir", script.output_dir, "--resume"])
-    script.base, script.adapted, script.plain = str(folder / "base"), str(adapted), script.plain or str(plain)
-    script.fisher = script.fisher or str(folder / "fisher")
-    script.results = script.results or str(folder / "results.json")
-    script.examples = script.examples or str(app_folder() / "examples_demo.json")
+        run_demo(["--output_dir", str(folder), "--resume"])
+    config.base, config.adapted, config.plain = str(folder / "base"), str(adapted), config.plain or str(plain)
+    config.fisher = config.fisher or str(folder / "fisher")
+    config.results = config.results or str(folder / "results.json")
+    config.examples = config.examples or str(app_folder() / "examples_demo.json")

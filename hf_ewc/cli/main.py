@@ -42,14 +42,15 @@ SUBCOMMANDS = {
     "fisher import": "make a Fisher from the Adam state of a checkpoint, as an approximation",
     "push fisher": "a Fisher as a dataset repository",
     "push checkpoint": "an adapted model with its card",
-    "push release": "Fisher, model and collection, visible together or not at all",
+    "push space": "a page that shows a model beside its base",
+    "push release": "Fisher, model, Space and collection, visible together or not at all",
     "pull fisher": "into the cache or a folder, checked",
 }
 
 # How an interrupted run goes on. The others start again quickly.
 CONTINUE = {
     **{"fisher": " --resume", "train": " --resume", "sweep": "", "demo": " --resume"},
-    **dict.fromkeys(("push fisher", "push checkpoint", "push release", "pull fisher"), ""),
+    **dict.fromkeys(("push fisher", "push checkpoint", "push space", "push release", "pull fisher"), ""),
 }
 
 HELP = f"""\

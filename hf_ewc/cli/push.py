@@ -9,6 +9,7 @@ from typing import Any
 HELP = """\
 Usage: hf-ewc push fisher      --fisher FOLDER --repo_id USER/NAME
        hf-ewc push checkpoint  --checkpoint FOLDER --repo_id USER/NAME
+       hf-ewc push space       --adapted USER/NAME --repo_id USER/NAME
        hf-ewc push release     --config FILE.yaml
 
 Publish on the Hub. Every push is one commit: who pulls meanwhile gets the whole old state or the whole new one. A push that
@@ -38,7 +39,7 @@ class PushTarget:
         return repo_problems(self.repo_id)
 
     def options(self) -> dict[str, Any]:
-        """As the keyword arguments of `push_to_hub` and `push_checkpoint`, which have the same names."""
+        """As the keyword arguments of `push_to_hub`, `push_checkpoint` and `push_space`, which have the same names."""
         return {f.name: getattr(self, f.name) for f in fields(PushTarget) if f.name != "repo_id"}
 
 

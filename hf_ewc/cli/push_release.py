@@ -1,18 +1,19 @@
-"""`hf-ewc push release`: Fisher, model and a collection on the Hub, visible together or not at all."""
+"""`hf-ewc push release`: Fisher, model, Space and a collection on the Hub, visible together or not at all."""
 
 from __future__ import annotations
 
 HELP = """\
 Usage: hf-ewc push release [--config FILE.yaml] [--key value …]
 
-Publish a Fisher, the model that was trained with it, and a collection that holds both and their base. Everything is checked
-before anything is sent, and private until all of it is there. A release that was broken off goes on when it is repeated, and
-one that changes nothing sends nothing.
+Publish a Fisher, the model that was trained with it, a Space that shows the model beside its base, if you name one, and a
+collection of all of them. Everything is checked before anything is sent, and private until all of it is there. A release that
+was broken off goes on when it is repeated, and one that changes nothing sends nothing.
 
   what          --fisher FOLDER  (or USER/NAME@REVISION: one that is published stays where it is)
                 --checkpoint FOLDER  (of `hf-ewc train`, with this Fisher)
                 --results results.json  (of `hf-ewc evaluate --base … --output` or a sweep: the card's table)
   where         --fisher_repo NAME  --checkpoint_repo NAME  (or USER/NAME; default: the folders' names)
+                --space_repo NAME  (default: no Space)  --base_repo NAME[@REVISION]  (the base, if training took a folder)
                 --namespace USER|ORGANISATION  (default: the token's user)  --collection TITLE  --tag v1
   how           --private true|false  (default true; false makes all of it public at the end)
                 --dry_run  (check everything, list files and bytes, send nothing)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from ..config import SPACE_FILE, CompareConfig, app_folder
 from .between import STOPS, Between, label_of
 from .blind import VOTES, BlindRound, Reveal, Tally
 from .divergence import diverges_at
@@ -20,7 +21,6 @@ from .problems import CompareError, problem_code, public_message
 from .prompts import PromptCheck, check_prompt
 from .sampling import Sampling
 from .service import CompareService, Status
-from .settings import SPACE_FILE, CompareConfig, app_folder
 from .surprisal import Scores, TokenScore, score
 from .votes import VoteStore
 

@@ -10,11 +10,11 @@ from huggingface_hub import constants
 
 from .. import merge
 from ..artifact import BaseModel, FisherInformation
+from ..config import CompareConfig
 from ..errors import ConfigError, DataError, EWCError
 from ..evaluation import Row, columns, domain_titles, load_results, rows
 from ..publish import pick_run
 from .lineage import LayerShare, LineageLink, data_links, fisher_links, layer_shares, model_links
-from .settings import CompareConfig
 from .sources import Note, Sources, said
 
 _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)

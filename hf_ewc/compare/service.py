@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..config import CompareConfig
 from .between import Between
 from .blind import Tally
 from .facts import Facts, fisher_of, load_facts
@@ -18,7 +19,6 @@ from .loading import Loader
 from .pair import ModelPair
 from .problems import CompareError, problem_code, public_message
 from .sampling import Sampling
-from .settings import CompareConfig
 from .surprisal import Scores, score
 
 logger = logging.getLogger(__name__)

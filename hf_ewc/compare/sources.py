@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 from huggingface_hub import constants
 
 from ..artifact import BaseModel, Manifest, locate
+from ..config import CompareConfig
 from ..errors import ConfigError, DataError, EWCError, HubError
 from ..files import STATE_FILE
 from ..hub import fetch, is_repo_id, pin
 from ..publish import origins, read_state, remote_fingerprint, remote_state
 from .problems import problem_code, public_message
-from .settings import CompareConfig
 
 logger = logging.getLogger(__name__)
 

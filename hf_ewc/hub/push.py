@@ -91,7 +91,8 @@ def push_files(
         if not plan.exists:
             patiently(lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk))
             now = plan_push({}, repo_id, repo_type, token=token)
-            if set(now.present) - {".gitattributes"}:
+            own = {".gitattributes", *(["README.md"] if repo_type == "space" else [])}  # what the Hub itself begins with
+            if set(now.present) - own:
                 raise HubError(
                     f"the {repo_type} '{repo_id}' did not exist when this push began, and somebody else has pushed to it "
                     "meanwhile. Nothing was sent. Run the same command again to push on top of it."

@@ -9,6 +9,7 @@ from .eval_results import eval_result_files, model_index, pick_run
 from .lineage import Link, card_lineage, lineage, lineage_text, remote_fingerprint, remote_state
 from .release import ReleaseConfig, push_release
 from .release_plan import plan_release
+from .space import push_space
 
 __all__ = [
     "Link",
@@ -23,6 +24,7 @@ __all__ = [
     "plan_release",
     "push_checkpoint",
     "push_release",
+    "push_space",
     "read_state",
     "remote_fingerprint",
     "remote_state",

@@ -23,6 +23,8 @@ from .checkpoint import (
     refuse_tokens,
 )
 from .collection import Item, find_collection, missing_items
+from .compared import Compared, Part, find_base
+from .space import access_notes, plan_space, space_files
 
 if TYPE_CHECKING:
     from .release import ReleaseConfig
@@ -42,14 +44,21 @@ class ReleasePlan:
     items: list[Item]
     public: bool
     notes: list[str]
+    space: PushPlan | None = None
+    compared: Compared | None = None
+
+    @property
+    def repos(self) -> list[PushPlan]:
+        """Those that this release pushes to, in order; not a Fisher that was published before."""
+        own = [plan for plan in (self.fisher, self.checkpoint) if plan.files or plan.unchanged]
+        return [*own, *([self.space] if self.space else [])]
 
     @property
     def hidden(self) -> list[str]:
         """What is to become public and is not."""
         if not self.public:
             return []
-        mine = [plan for plan in (self.fisher, self.checkpoint) if plan.files or plan.unchanged]  # not one that was there
-        repos = [f"{plan.repo_type} {plan.repo_id}" for plan in mine if plan.private is not False]
+        repos = [f"{plan.repo_type} {plan.repo_id}" for plan in self.repos if plan.private is not False]
         return [*repos, *([f"collection {self.title}"] if self.collection is None or self.collection.private else [])]
 
     def text(self) -> str:
@@ -59,7 +68,8 @@ class ReleasePlan:
         lines = [f"collection '{self.title}' of {self.namespace} ({state}): {count(len(missing), 'item')} to add"]
         lines += [f"  {'add' if item in missing else 'keep':<6}  {item.repo_type} {item.repo_id}" for item in self.items]
         lines += [f"At the end, public: {', '.join(self.hidden)}"] if self.hidden else []
-        return "\n".join([self.fisher.text(), self.checkpoint.text(), *lines, *(f"note: {note}" for note in self.notes)])
+        plans = [plan.text() for plan in (self.fisher, self.checkpoint, self.space) if plan]
+        return "\n".join([*plans, *lines, *(f"note: {note}" for note in self.notes)])
 
 
 def plan_release(config: ReleaseConfig, token: str | bool | None = None) -> ReleasePlan:
@@ -87,7 +97,8 @@ def plan_release(config: ReleaseConfig, token: str | bool | None = None) -> Rele
     fisher_id = published or _full_id(config.fisher_repo, config.fisher, namespace)
     checkpoint_id = _full_id(config.checkpoint_repo, config.checkpoint, namespace)
     title = config.collection or checkpoint_id.partition("/")[2]
-    written = (f"{namespace}/", checkpoint_id, *(() if published else (fisher_id,)))
+    space_id = _full_id(config.space_repo, "", namespace) if config.space_repo else None
+    written = (f"{namespace}/", checkpoint_id, *(() if published else (fisher_id,)), *((space_id,) if space_id else ()))
     owners = dict.fromkeys(name.partition("/")[0] for name in written)
     raise_problems("this token cannot make this release; nothing was sent", account_problems(who, list(owners)))
 
@@ -100,6 +111,10 @@ def plan_release(config: ReleaseConfig, token: str | bool | None = None) -> Rele
             f"the Fisher '{fisher_id}' is private, and the public card of the model would link to it: readers would find "
             f"nothing. Make it public in its settings, or set `private: true`."
         )
+    start: Any = None
+    if space_id or config.base_repo:
+        named = _full_id(config.base_repo, "", namespace) if config.base_repo else None
+        start = checks.run(find_base, named, None, state, fisher.manifest, config.checkpoint, token)
     checks.raise_all(what)
     commit = fisher_plan.parent if fisher_plan.empty and fisher_plan.exists else UNKNOWN_COMMIT
     files = checks.run(
@@ -114,14 +129,22 @@ def plan_release(config: ReleaseConfig, token: str | bool | None = None) -> Rele
         token=token,
     )
     checkpoint_plan = checks.run(plan_checkpoint, files, checkpoint_id, None, token) if files is not None else None
-    for plan in filter(None, (fisher_plan, checkpoint_plan)):
+    compared, space_plan = None, None
+    if space_id and checkpoint_plan is not None:
+        compared = _compared(start[0], fisher_plan, commit, checkpoint_plan, config)
+        space = checks.run(space_files, compared, space_id, results=config.results, token=token)
+        space_plan = checks.run(plan_space, space, space_id, None, token) if space is not None else None
+    plans = [plan for plan in (fisher_plan, checkpoint_plan, space_plan) if plan is not None]
+    for plan in plans:
         checks.run(check_tag, plan, config.tag)
     checks.raise_all(what)
     assert checkpoint_plan is not None
     found = find_collection(namespace, title, token)
-    items = _items(fisher, fisher_id, state, checkpoint_id)
-    notes = _notes(config, fisher, state, licence, inherited, (fisher_plan, checkpoint_plan))
-    return ReleasePlan(namespace, fisher_plan, checkpoint_plan, title, found, items, not config.private, notes)
+    items = _items(fisher, fisher_id, state, checkpoint_id, start and start[0], space_id)
+    notes = _notes(config, fisher, state, licence, inherited, plans)
+    notes += access_notes(compared, space_id) if compared and space_id else []
+    release = (namespace, fisher_plan, checkpoint_plan, title, found, items, not config.private, notes)
+    return ReleasePlan(*release, space_plan, compared)
 
 
 def open_fisher(folder_or_id: str, token: str | bool | None = None) -> FisherInformation:
@@ -173,15 +196,34 @@ def account_problems(who: dict[str, Any], owners: list[str]) -> list[str]:
     return found
 
 
-def _items(fisher: FisherInformation, fisher_id: str, state: dict[str, Any], checkpoint_id: str) -> list[Item]:
+def _compared(base: Part, fisher: PushPlan, commit: str, checkpoint: PushPlan, config: ReleaseConfig) -> Compared:
+    """What the release's Space compares, as open as it will be at the end. What is not pushed yet has no commit."""
+    adapted = str(checkpoint.parent) if checkpoint.exists and checkpoint.empty else UNKNOWN_COMMIT
+    names = tuple(sorted({**checkpoint.files, **checkpoint.unchanged}))
+    seen = [plan.private is False or not config.private for plan in (fisher, checkpoint)]
+    held = Part(fisher.repo_id, commit, "dataset", open=seen[0])
+    return Compared(base, Part(checkpoint.repo_id, adapted, files=names, open=seen[1]), held)
+
+
+def _items(
+    fisher: FisherInformation,
+    fisher_id: str,
+    state: dict[str, Any],
+    checkpoint_id: str,
+    start: Part | None,
+    space_id: str | None,
+) -> list[Item]:
     """What the collection holds; a base model that is a folder cannot be in it."""
     probes, base = sorted({probe.kind for probe in fisher.manifest.probes}), fisher.manifest.base_model
     items = [
         Item(fisher_id, "dataset", f"What the base must keep: its diagonal Fisher information (probe: {', '.join(probes)})."),
         Item(checkpoint_id, "model", f"Trained further under Elastic Weight Consolidation, λ = {state['ewc_lambda']:g}."),
     ]
-    if base.revision:
-        items.append(Item(base.id, "model", f"The base model that both belong to, at commit {base.revision[:7]}."))
+    at = (start.repo_id, start.commit) if start else (base.id, base.revision)
+    if at[1]:
+        items.append(Item(at[0], "model", f"The base model that both belong to, at commit {at[1][:7]}."))
+    if space_id:
+        items.append(Item(space_id, "space", "Base and adapted model side by side, in a browser."))
     return items
 
 
@@ -191,11 +233,11 @@ def _notes(
     state: dict[str, Any],
     licence: Licence | None,
     inherited: Licence | None,
-    plans: tuple[PushPlan, PushPlan],
+    plans: list[PushPlan],
 ) -> list[str]:
     """What is no mistake, but to be known."""
     notes, base = [], fisher.manifest.base_model
-    if base.revision is None:
+    if base.revision is None and not config.base_repo:
         notes.append(f"the base model is a local folder ('{Path(base.id).name}'), so the collection cannot hold it.")
     if licence is None:
         notes.append(
@@ -211,8 +253,6 @@ def _notes(
             f"the model was trained with {len(others) + 1} Fishers, and the newest is in this release. Publish the others with "
             "`hf-ewc push fisher`."
         )
-    if config.space_repo:
-        notes.append(f"`space_repo: {config.space_repo}` is left out: this version has no app to put there yet.")
     for plan in plans:
         if plan.private is False and not plan.empty:
             notes.append(f"{plan.repo_type} {plan.repo_id} is public already: its update is visible before the rest is there.")

@@ -120,8 +120,9 @@ class Hub(Server):
         if (type, id) in self.repos:
             raise Refusal(409, f"You already created this {type} repo", url=url)  # where `exist_ok` reads it
         repo = self.repos[type, id] = Repo(type, id, owner, url, wanted.get("visibility") == "private", wanted.get("sdk"))
-        attributes = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES)
-        repo.add("refs/heads/main", owner, None, {".gitattributes": self._entry(attributes.encode())}, "initial commit")
+        first = {".gitattributes": "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES)}
+        first |= {"README.md": f"---\nsdk: {repo.sdk}\n---\n"} if type == "space" else {}
+        repo.add("refs/heads/main", owner, None, {path: self._entry(first[path].encode()) for path in first}, "initial commit")
         return {"url": url}
 
     @route("DELETE", "/api/repos/delete", "login")
@@ -153,6 +154,7 @@ class Hub(Server):
         return about | {"siblings": siblings}
 
     @route("GET", "/api/{repo}/runtime")
+    @route("POST", "/api/{repo}/restart", "write")
     def runtime(self, call: Call, repo: Repo):
         return {"stage": "RUNNING", "hardware": {"current": "cpu-basic", "requested": "cpu-basic"}}
 

@@ -42,6 +42,9 @@ def test_private_is_the_default_and_false_is_read():
         ("fisher_repo", "a/b/c"),
         ("checkpoint_repo", "-dash"),
         ("checkpoint_repo", "https://huggingface.co/me/model"),
+        ("space_repo", "my space"),
+        ("space_repo", "me/space@v1"),
+        ("base_repo", "a/b/c@v1"),
         ("namespace", "me/model"),
         ("namespace", ""),
         ("collection", " "),
@@ -57,6 +60,11 @@ def test_names_that_no_hub_takes_are_problems(setting, value):
 def test_names_with_and_without_their_owner_are_taken(value):
     (config,) = parse("push release", [*FOLDERS, "--checkpoint_repo", value, "--language", "lt", "en"], ReleaseConfig)
     assert (config.checkpoint_repo, config.language) == (value, ["lt", "en"])
+
+
+def test_the_base_may_be_named_at_a_revision():
+    for value in ("base", "me/base", "me/base@v1"):
+        assert parse("push release", [*FOLDERS, "--base_repo", value], ReleaseConfig)[0].base_repo == value
 
 
 def test_a_token_is_no_setting():

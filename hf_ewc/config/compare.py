@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..errors import ConfigError
-from ..hub import is_repo_id
+from .checks import DTYPES
 
 SPACE_FILE = "space.yaml"
 VARIABLE = "HF_EWC_"
@@ -52,19 +53,24 @@ class CompareConfig:
     fisher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the Fisher on the Hub."})
     results: str | None = field(default=None, metadata={"help": "results.json, for the table and the front."})
     examples: str | None = field(default=None, metadata={"help": "JSON of the prompts that are offered."})
-    dtype: str = field(default="float32", metadata={"help": "Of the weights in memory: float32, bfloat16 or float16."})
+    dtype: str = field(default="float32", metadata={"help": "Of the weights in memory: float32 or bfloat16."})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda or mps; default: what is there."})
     slots: int = field(default=2, metadata={"help": "Visitors whose texts are written at the same time."})
     votes_repo: str | None = field(default=None, metadata={"help": "Dataset repository that stores blind votes."})
 
     def problems(self) -> list[str]:
-        """Everything that is wrong by itself, without a look at files or the Hub."""
-        found = [
-            f"`{name}` is missing: a folder, or an id on the Hub." for name in ("base", "adapted") if not getattr(self, name)
-        ]
+        """
+        Everything that is wrong by itself, without a look at files or the Hub. That neither model is named is left to the
+        caller: a page on this machine then shows the demo's.
+        """
+        found = []
+        if bool(self.base) != bool(self.adapted):
+            found.append(f"`{'adapted' if self.base else 'base'}` is missing: a folder, or an id on the Hub.")
+        if self.dtype not in DTYPES:
+            found.append(f"`dtype: {self.dtype}` is not one of {', '.join(DTYPES)}.")
         if isinstance(self.slots, bool) or not isinstance(self.slots, int) or self.slots < 1:
             found.append(f"`slots: {self.slots}` must be a whole number from 1.")
-        if self.votes_repo and not is_repo_id(self.votes_repo):
+        if self.votes_repo and not _is_repo_id(self.votes_repo):
             found.append(f"`votes_repo: {self.votes_repo}` is no dataset repository on the Hub (`user/name`).")
         for name in ("base", "adapted", "plain", "fisher"):
             given = getattr(self, name)
@@ -78,7 +84,7 @@ class CompareConfig:
         The settings of a Space: `space.yaml` beside the app, which was committed with it, and over it the Space's variables.
 
         Raises:
-            ConfigError: Unknown settings, or the file is no mapping.
+            ConfigError: Unknown settings; no YAML, or no mapping. See [`CompareConfig.problems`] for the rest.
         """
         environment = os.environ if environment is None else environment
         path = Path(folder) / SPACE_FILE
@@ -115,3 +121,11 @@ def app_folder() -> Path:
             return place
     searched = " nor ".join(f"'{place}'" for place in places)
     raise ConfigError(f"the page's files are neither in {searched}. Install hf_ewc again, or run this in a checkout of it.")
+
+
+def _is_repo_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
