@@ -73,7 +73,6 @@ class Page:
             self.model = self.worded(
                 gr.Radio([(name, name) for name in self.service.models], value="adapted", elem_id="model", visible=several),
                 label="model",
-                info="model.info",
             )
             with gr.Tabs(elem_id="tabs"):
                 self.compare_tab()
@@ -98,7 +97,7 @@ class Page:
 
     def compare_tab(self) -> None:
         with self.worded(gr.Tab(id="compare", elem_id="tab-compare"), label="tab.compare"):
-            self.prompt = self.box("prompt", "prompt", lines=4)
+            self.prompt = self.box("prompt", "prompt", lines=3)
             self.offer(self.prompt, self.examples["compare"])
             with gr.Row():
                 self.run = self.worded(gr.Button(variant="primary", elem_id="run"), value="run")
@@ -109,7 +108,7 @@ class Page:
 
     def natural_tab(self) -> None:
         with self.worded(gr.Tab(id="natural", elem_id="tab-natural"), label="tab.natural"):
-            self.text = self.box("text", "text", lines=4)
+            self.text = self.box("text", "text", lines=3)
             self.offer(self.text, self.examples["natural"])
             self.measure = self.worded(gr.Button(variant="primary", elem_id="measure"), value="measure")
             views = [(name, name) for name in ("difference", "base", "adapted")]
