@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_ewc.compare import CompareError, problem_code, public_message
+from hf_ewc.errors import ConfigError
 
 Texts = Callable[..., str]
 STRINGS: dict[str, dict[str, str]] = {
@@ -25,6 +26,28 @@ def texts(language: str | None) -> Texts:
         return words[key].format(**facts)
 
     return t
+
+
+def load_examples(path: str | Path) -> dict[str, Any]:
+    """
+    The prompts and texts that are offered: `compare` and `natural`, lists of `{"kind": …, "text": …}`, and the texts that the
+    λ slider begins with, `between`. A [`ConfigError`] says what is wrong with them.
+    """
+    try:
+        examples = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        for example in [*examples["compare"], *examples["natural"]]:
+            if not isinstance(example["text"], str) or f"example.{example['kind']}" not in STRINGS[DEFAULT]:
+                raise ValueError(f"{example} is none")
+        if not all(isinstance(examples["between"][name], str) for name in ("old", "new", "prompt")):
+            raise ValueError("`between` must hold texts")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        kinds = ", ".join(key.partition(".")[2] for key in STRINGS[DEFAULT] if key.startswith("example."))
+        raise ConfigError(
+            f"`examples: {path}` holds no examples for the page ({type(error).__name__}: {error}). It must be JSON with "
+            f"`compare` and `natural` (lists of kind and text; kinds: {kinds}) and `between` (old, new, prompt), as in "
+            "space_app/examples.json."
+        ) from None
+    return examples
 
 
 def choose_language(query: Mapping[str, str], headers: Mapping[str, str]) -> str:
