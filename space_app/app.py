@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import sys
 from typing import Any
 
 import gradio as gr
@@ -63,6 +65,8 @@ def main() -> None:
     service = CompareService(config, tally=tally, on_device=on_device)
     if os.environ.get("SPACES_ZERO_GPU"):
         service.wait()  # it takes only the tensors that are on the device when the page starts
+    # A Space is ended by SIGTERM, at which Python would skip what is left to do at its exit: to store the last votes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     serve(service)
 
 

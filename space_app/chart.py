@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from typing import NamedTuple
+
+from render import attribute, shown
 
 from hf_ewc.evaluation import place_labels
 
@@ -48,7 +49,7 @@ def chart(lines: Sequence[Line], x_title: str, y_title: str, summary: str) -> st
     )
     legend = "".join(_key(number, line.name) for number, line in enumerate(lines))
     picture = (
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(summary)}">{"".join(drawn)}</svg>'
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{attribute(summary)}">{"".join(drawn)}</svg>'
     )
     return f'<div class="scroll" tabindex="0">{picture}</div><p class="keys">{legend}</p>'
 
@@ -74,9 +75,9 @@ def _axes(x, y, x_ticks: list[float], y_ticks: list[float], x_title: str, y_titl
     found += [f'<text x="{LEFT - 8}" y="{y(t) + 4:.1f}" text-anchor="end">{_number(t)}</text>' for t in y_ticks]
     found.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}"/>')
     found.append(f'<line class="axis" x1="{LEFT}" x2="{LEFT}" y1="{TOP}" y2="{bottom}"/>')
-    found.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 12}" text-anchor="middle">{escape(x_title)}</text>')
+    found.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 12}" text-anchor="middle">{attribute(x_title)}</text>')
     middle = (TOP + bottom) / 2
-    found.append(f'<text transform="translate(16 {middle}) rotate(-90)" text-anchor="middle">{escape(y_title)}</text>')
+    found.append(f'<text transform="translate(16 {middle}) rotate(-90)" text-anchor="middle">{attribute(y_title)}</text>')
     return "".join(found)
 
 
@@ -88,7 +89,7 @@ def _marker(shape: str, x: float, y: float, colour: str, point: Point) -> str:
         "diamond": f'<path d="M{x:.1f} {y - 7.5:.1f}l7.5 7.5l-7.5 7.5l-7.5 -7.5z"',
         "cross": f'<path d="M{x - 6:.1f} {y - 2:.1f}h4v-4h4v4h4v4h-4v4h-4v-4h-4z"',
     }
-    told = f"<title>{escape(point.label)}</title>"
+    told = f"<title>{attribute(point.label)}</title>"
     own = f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="11"/>' if point.own else ""
     name = figures[shape].partition(" ")[0][1:]
     return f'{figures[shape]} style="fill:{colour}">{told}</{name}>{own}'
@@ -106,7 +107,7 @@ def _labels(points: list[tuple[float, float, Point]], lines: list[list[tuple[flo
     bounds = (LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM)
     centres = place_labels([(x, y) for x, y, _ in wanted], sizes, lines, bounds, gap=10)
     return [
-        f'<text{" class=own" if own else ""} x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle">{escape(label)}</text>'
+        f'<text{" class=own" if own else ""} x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle">{attribute(label)}</text>'
         for (x, y), (_, _, label, own) in zip(centres, wanted.values(), strict=True)
     ]
 
@@ -114,8 +115,9 @@ def _labels(points: list[tuple[float, float, Point]], lines: list[list[tuple[flo
 def _key(number: int, name: str) -> str:
     colour, shape = COLOURS[number % len(COLOURS)], SHAPES[number % len(SHAPES)]
     mark = f'<svg width="16" height="16" aria-hidden="true">{_marker(shape, 8, 8, colour, Point(0, 0, ""))}</svg>'
-    return f'<span class="key">{mark} {escape(name)}</span> '
+    return f'<span class="key">{mark} {shown(name)}</span> '
 
 
 def _number(value: float) -> str:
-    return f"{value:.2f}".rstrip("0").rstrip(".").replace("-0", "0" if abs(value) < 1e-9 else "-0").replace("-", "−")
+    text = f"{value:.3f}".rstrip("0").rstrip(".")
+    return "0" if text == "-0" else text.replace("-", "−")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Page:
             self.model = self.worded(
                 gr.Radio(value="adapted", elem_id="model", visible=len(models) > 1),
                 label="model",
-                choices=partial(_choices, "model", models),
+                choices=lambda t: [(t(f"model.{name}"), name) for name in models],
             )
             with gr.Tabs(elem_id="tabs"):
                 self.compare_tab()
@@ -86,8 +86,11 @@ class Page:
             self.text = self.box("text", "text", lines=3)
             self.offer(self.text, self.examples["natural"])
             self.measure = self.worded(gr.Button(variant="primary", elem_id="measure"), value="measure")
-            views = partial(_choices, "view", ("difference", "base", "adapted"))
-            self.view = self.worded(gr.Radio(value="difference", elem_id="view"), label="view", choices=views)
+            self.view = self.worded(
+                gr.Radio(value="difference", elem_id="view"),
+                label="view",
+                choices=lambda t: [(t(f"view.{name}"), name) for name in ("difference", "base", "adapted")],
+            )
             self.scores = gr.State()  # and the model that they are of
             self.natural = gr.HTML(elem_id="natural")
 
@@ -262,10 +265,6 @@ class Page:
 
 def _said(words: Words, t: Texts) -> str:
     return t(words) if isinstance(words, str) else words(t)
-
-
-def _choices(key: str, names: Sequence[str], t: Texts) -> list[tuple[str, str]]:
-    return [(t(f"{key}.{name}"), name) for name in names]
 
 
 def _offer(kind: str, text: str, t: Texts) -> str:

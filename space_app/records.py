@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from html import escape
 from typing import Any
 
 from chart import Line, Point, chart
-from render import link, message, shown, signed
+from render import attribute, link, message, shown, signed
 from texts import Texts, domain
 
 from hf_ewc.compare import Facts, Heading, LineageLink, ResultFacts, label_of
@@ -38,7 +37,7 @@ def headline(facts: Facts, t: Texts) -> str:
     if head.forgetting_avoided is not None and head.learning_kept is not None:
         shares = dict(percent=_percent(head.forgetting_avoided), learned=_percent(head.learning_kept))
         said = message(t("headline.avoided", **shares), "verdict strong")
-    return f'<div class="cards" role="group" aria-label="{escape(t("headline.label"))}">{"".join(cards)}</div>{said}'
+    return f'<div class="cards" role="group" aria-label="{attribute(t("headline.label"))}">{"".join(cards)}</div>{said}'
 
 
 def _card(
@@ -98,7 +97,7 @@ def _table(results: ResultFacts, t: Texts) -> str:
 def _head(heading: Heading, t: Texts) -> str:
     title = domain(t, heading.title) if heading.key in ("old", "new", "questions") else t(f"column.{heading.key}")
     unit = f"<small>{shown(t(f'unit.{heading.unit}'))}</small>" if heading.unit else ""
-    return f'<th scope="col" title="{escape(heading.meaning)}">{shown(title)}{unit}</th>'
+    return f'<th scope="col" title="{attribute(heading.meaning)}">{shown(title)}{unit}</th>'
 
 
 def _scrolled(heads: str, rows: str) -> str:

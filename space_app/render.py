@@ -15,12 +15,17 @@ DIFFERENCE_STEPS = (0.25, 1.0, 2.0, 4.0)  # nats at which colour and line become
 SURPRISE_STEPS = (1.0, 3.0, 6.0, 10.0)
 
 # C0 and C1 controls but tab and line feed, lone surrogates, and what turns the direction of text around
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def shown(text: str) -> str:
     """Text as HTML: nothing in it is interpreted, and control characters are named instead of obeyed."""
     return _UNSEEN.sub(_name_of, escape(text))
+
+
+def attribute(text: str) -> str:
+    """The same for an attribute, in which no element can name a control character."""
+    return escape(_UNSEEN.sub(lambda found: f"⟦{ord(found[0]):X}⟧", text))
 
 
 def _name_of(found: re.Match[str]) -> str:
@@ -62,7 +67,7 @@ def panes(frame: Frame | None, prompt: str, titles: Sequence[str], names: Sequen
         _pane(pane, prompt, title, name, frame.diverges_at, begun, t)
         for pane, title, name in zip(sides, titles, names, strict=True)
     )
-    return f'<div class="panes" role="group" aria-label="{escape(t("pane.label"))}">{boxes}</div>{_verdict(frame, begun, t)}'
+    return f'<div class="panes" role="group" aria-label="{attribute(t("pane.label"))}">{boxes}</div>{_verdict(frame, begun, t)}'
 
 
 def _pane(pane: Pane, prompt: str, title: str, name: str, parts_at: int | None, begun: bool, t: Texts) -> str:
@@ -88,7 +93,9 @@ def _written(pane: Pane, prompt: str, parts_at: int | None, begun: bool, t: Text
         return f'{before} <span class="nothing">{t("pane.none")}</span>'
     if parts_at is None:
         return f'{before}<span class="same">{shown(pane.text)}</span>'
-    mark = f'<span class="fork" role="img" aria-label="{escape(t("pane.parts"))}" title="{escape(t("pane.parts"))}">◆</span>'
+    mark = (
+        f'<span class="fork" role="img" aria-label="{attribute(t("pane.parts"))}" title="{attribute(t("pane.parts"))}">◆</span>'
+    )
     return (
         f'{before}<span class="same">{shown(pane.text[:parts_at])}</span>{mark}'
         f'<span class="differs">{shown(pane.text[parts_at:])}</span>'
@@ -152,14 +159,7 @@ def _piece(piece: TokenScore, view: str, model: str, t: Texts) -> str:
         difference=signed(piece.difference),
     )
     look = shown(piece.text).replace("\n", '<span class="break" aria-hidden="true">↵</span>\n')
-    return (
-        f'<span class="token s{level}{direction}" role="button" tabindex="-1" data-say="{escape(_plain(said))}">{look}</span>'
-    )
-
-
-def _plain(text: str) -> str:
-    """For an attribute, where no element can name a control character."""
-    return _UNSEEN.sub(lambda found: f"⟦{ord(found[0]):X}⟧", text)
+    return f'<span class="token s{level}{direction}" role="button" tabindex="-1" data-say="{attribute(said)}">{look}</span>'
 
 
 def signed(value: float, digits: int = 2) -> str:

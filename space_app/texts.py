@@ -76,11 +76,15 @@ def domain(t: Texts, name: str) -> str:
 
 def problem_text(t: Texts, error: BaseException) -> str:
     """An error for the page, in its language where there are words for it, else in the package's plain English."""
-    facts = {name: f"{value:,}" if isinstance(value, int) else value for name, value in getattr(error, "facts", {}).items()}
+    facts = {name: _number(value) for name, value in getattr(error, "facts", {}).items()}
     if isinstance(error, CompareError) and error.code == "not_text":
         facts["position"] = error.facts["position"] + 1
     try:
         return t(f"problem.{problem_code(error)}", **facts)
     except KeyError:
         message = public_message(error)
-        return message[:1].upper() + message[1:]
+        return message if problem_code(error) == "setting" else message[:1].upper() + message[1:]  # its first word is a name
+
+
+def _number(value: Any) -> Any:
+    return f"{value:,g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value

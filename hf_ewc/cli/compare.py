@@ -53,9 +53,12 @@ class PageScript:
 
 def run(argv: list[str]) -> int:
     from ..compare import CompareConfig, CompareService, Limits, Tally, VoteStore
+    from ..config import raise_problems
+    from ..errors import ConfigError
     from .options import parse
 
     config, page = parse("compare", argv, CompareConfig, PageScript)
+    raise_problems("these are not there; nothing was started", _absent(config))
     app = _app()
     if config.base is None:
         _use_demo(config, Path(page.output_dir))
@@ -63,13 +66,34 @@ def run(argv: list[str]) -> int:
     service = CompareService(config, Limits(per_minute=600, burst=100), tally)  # the only visitor is whoever started it
     print("Loading the models; the page is up meanwhile.", file=sys.stderr, flush=True)
     here = dict(server_name="127.0.0.1", server_port=page.port, inbrowser=page.open)
-    blocks = app.serve(service, **here, prevent_thread_lock=True)
+    try:
+        blocks = app.serve(service, **here, prevent_thread_lock=True)
+    except OSError as error:  # Gradio's, with no number of the system's
+        at = f"port {page.port} is" if page.port else "all ports from 7860 to 7959 are"
+        raise ConfigError(f"{at} taken ({error}). Name a free one: --port 7861") from None
     print(f"Open {blocks.local_url} (Ctrl-C ends it)", flush=True)
     try:
         blocks.block_thread()
     finally:
         blocks.close(verbose=False)
     return 0
+
+
+def _absent(config: CompareConfig) -> list[str]:
+    """Files and folders that are not there. What may be an id on the Hub is looked for when the models load."""
+    from ..hub import is_repo_id
+
+    given = {name: value for name, value in vars(config).items() if value}
+    found = [
+        f"`{name}: {given[name]}`: there is no such file."
+        for name in ("results", "examples")
+        if name in given and not Path(given[name]).expanduser().is_file()
+    ]
+    return found + [
+        f"`{name}: {given[name]}`: there is no such folder, and it is no id on the Hub (`user/name`)."
+        for name in ("base", "adapted", "plain", "fisher")
+        if name in given and not Path(given[name]).expanduser().is_dir() and not is_repo_id(given[name])
+    ]
 
 
 def _app() -> ModuleType:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ class CompareError(EWCError):
         super().__init__(message)
         self.code = code
         self.facts = facts
+
+    def __reduce__(self) -> Any:  # a device that is lent may be in another process
+        return partial(type(self), self.code, str(self), **self.facts), ()
 
 
 def problem_code(error: BaseException) -> str:

@@ -58,6 +58,8 @@ def check_prompt(pair: ModelPair, text: str, limits: Limits | None = None) -> Pr
 
 def text_problem(text: str, longest: int, what: str) -> CompareError | None:
     """What is wrong with a text before it is tokenised: too long (found at once, whatever its length), empty, not Unicode."""
+    if not isinstance(text, str):  # a program may send anything
+        return CompareError("setting", f"the {what} is {type(text).__name__}, and it must be text.", name=what)
     if len(text) > longest:
         return CompareError(
             "characters",

@@ -109,7 +109,7 @@ class CompareService:
     def pair(self, model: str = ADAPTED, merge_lambda: float = 0.0) -> ModelPair:
         """The base and one of [`CompareService.models`], taken back towards the base by λ."""
         loaded = self._loader.get()
-        if model not in loaded.pairs:
+        if not isinstance(model, str) or model not in loaded.pairs:
             raise CompareError(
                 "setting", f"there is no model '{model}' here. Name one of: {', '.join(loaded.pairs)}.", name="model"
             )
@@ -227,7 +227,9 @@ class CompareService:
         frames = self._frames(model, merge_lambda, prompt, sampling)
         try:
             while not stop.is_set():
-                frame = next(frames, frame)
+                if (following := next(frames, None)) is None:  # a lent device was taken away
+                    break
+                frame = following
                 yield frame
                 if frame.finished:
                     return

@@ -44,7 +44,7 @@ class VoteStore:
     def __init__(self, repo_id: str, token: str | None = None, minutes: float = MINUTES):
         folder = Path(tempfile.mkdtemp(prefix="hf-ewc-votes-"))
         self._file = folder / f"votes-{uuid.uuid4().hex}.jsonl"  # of this process alone: two never write to one file
-        with plain_errors("store votes", repo_id, "dataset"):
+        with plain_errors("store votes in", repo_id, "dataset"):
             self._scheduler = CommitScheduler(
                 repo_id=repo_id,
                 repo_type="dataset",

@@ -72,6 +72,10 @@ class CompareConfig:
             found.append(f"`slots: {self.slots}` must be a whole number from 1.")
         if self.votes_repo and not _is_repo_id(self.votes_repo):
             found.append(f"`votes_repo: {self.votes_repo}` is no dataset repository on the Hub (`user/name`).")
+        for item in fields(self):
+            if item.name != "slots" and not isinstance(value := getattr(self, item.name), str | None):
+                found.append(f"`{item.name}: {value}` is read as {type(value).__name__}. Put it in quotes.")
+                return found
         for name in ("base", "adapted", "plain", "fisher"):
             given = getattr(self, name)
             if getattr(self, f"{name}_revision") and given and Path(given).expanduser().is_dir():
