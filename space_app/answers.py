@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import gradio as gr
 import records
@@ -19,6 +21,14 @@ from hf_ewc.errors import EWCError
 FRAME_SECONDS = 0.04  # a fast model is shown 25 times a second, not at each token
 
 logger = logging.getLogger("hf_ewc.space")
+
+
+class Blind(NamedTuple):
+    """A round, what stands left and right, and the prompt: for the vote, and for another language."""
+
+    round: BlindRound
+    frame: Frame
+    prompt: str
 
 
 class Answers:
@@ -34,35 +44,43 @@ class Answers:
 
     # compare
 
-    def compare(self, request: gr.Request, language: str, model: str, prompt: str, *sampling: Any) -> Iterator[tuple[Any, Any]]:
+    def compare(
+        self, request: gr.Request, language: str, model: str, prompt: str, started: float, *sampling: Any
+    ) -> Iterator[tuple[Any, Any]]:
         t = texts(language)
         try:
             frame = None
-            for frame in self.frames(request, prompt, _sampling(sampling), model):
+            options = dict(model=model, started=started, address=address(request))
+            for frame in _paced(self.service.write(visitor(request), prompt, _sampling(sampling), **options)):
                 yield self.show_frame(frame, prompt, model, t), gr.skip()
             yield gr.skip(), (frame, prompt, model)
         except Exception as error:
             yield self.problem(error, t), None
 
-    def frames(self, request: gr.Request, *given: Any, **options: Any) -> Iterator[Any]:
-        """What the service writes, as often as an eye can follow."""
-        shown = -math.inf
-        for frame in self.service.write(visitor(request), *given, address=address(request), **options):
-            if frame.finished or time.monotonic() - shown >= FRAME_SECONDS:
-                yield frame
-                shown = time.monotonic()
+    def again(
+        self, request: gr.Request, written: Any, language: str, model: str, prompt: str, started: float, *sampling: Any
+    ) -> Iterator[tuple[Any, Any]]:
+        """Another model was chosen: it writes what the last one wrote on from, if there was something."""
+        if written:
+            yield from self.compare(request, language, model, prompt, started, *sampling)
 
     def show_frame(self, frame: Any, prompt: str, model: str, t: Texts) -> str:
         pair = self.service.pair(model)
         names = tuple(map(render.name_of, pair.sides))
-        return render.panes(frame, "" if pair.chat else prompt, self.titles(model, t), names, t)
+        shown = render.panes(frame, "" if pair.chat else prompt, self.titles(model, t), names, t)
+        if model == "adapted" and "plain" in self.service.models and frame.finished and frame.diverges_at is None:
+            shown += render.message(t("pane.try_plain"))
+        return shown
 
     def titles(self, model: str, t: Texts) -> tuple[str, str]:
         return t("pane.base"), t(f"pane.{model}")
 
-    def end(self, request: gr.Request) -> None:
-        """Stop what the visitor has running: its own wish, or it left."""
-        self.service.stop(visitor(request))
+    def end(self, request: gr.Request, until: float) -> None:
+        """The visitor wants no more of what it has started."""
+        self.service.stop(visitor(request), until)
+
+    def leave(self, request: gr.Request) -> None:
+        self.service.leave(visitor(request))
 
     # which finds it natural
 
@@ -83,54 +101,67 @@ class Answers:
     def go_between(
         self, request: gr.Request, language: str, model: str, stop: float, old: str, new: str, prompt: str, tried: Any
     ) -> Iterator[tuple[Any, Any, Any]]:
-        t, strength = texts(language), STOPS[int(stop)]
+        t, strength, key = texts(language), STOPS[int(stop)], (old, new, model)
         try:
-            scores = self.service.natural(visitor(request), [old, new], model, strength, address(request))
-            key = (old, new, model)
-            points = dict(tried[1]) if tried and tried[0] == key else {}
-            points[strength] = scores
-            tried = (key, points, strength)
-            yield tried, self.show_front(tried, t), gr.skip()
-            pair = self.service.pair(model)
-            titles = (t("pane.base"), label_of(strength))
-            names = (render.name_of(pair.base), "")
-            for frame in self.frames(request, prompt, Sampling(max_new_tokens=32), model, strength):
-                yield gr.skip(), gr.skip(), render.panes(frame, "" if pair.chat else prompt, titles, names, t)
+            options = dict(model=model, merge_lambda=strength, address=address(request))
+            moved = self.service.move(visitor(request), [old, new], prompt, Sampling(max_new_tokens=32), **options)
+            kept, learned = next(moved)
+            points = tried.points if tried and tried.key == key else {}
+            tried = records.Tried(key, {**points, strength: records.Bits.of(kept, learned)}, strength, prompt)
+            yield tried, records.front(tried, t), gr.skip()
+            for frame in _paced(moved):
+                tried = replace(tried, frame=frame)
+                yield tried if frame.finished else gr.skip(), gr.skip(), self.show_between(tried, t)
         except Exception as error:
-            yield gr.skip(), self.problem(error, t), gr.skip()
+            yield gr.skip(), gr.skip(), self.problem(error, t)
 
-    def show_front(self, tried: Any, t: Texts) -> str:
-        return records.tried(tried, t) if tried else render.message(t("between.empty"), "nothing")
+    def show_between(self, tried: Any, t: Texts) -> str:
+        if not tried or tried.frame is None:
+            return ""
+        pair = self.service.pair(tried.key[2])
+        titles = (t("pane.base"), label_of(tried.strength))
+        prompt = "" if pair.chat else tried.prompt
+        return render.panes(tried.frame, prompt, titles, tuple(map(render.name_of, pair.sides)), t)
 
     # blind votes
 
-    def blind(self, request: gr.Request, language: str, prompt: str, *sampling: Any) -> Iterator[tuple[Any, ...]]:
+    def blind(
+        self, request: gr.Request, language: str, prompt: str, started: float, *sampling: Any
+    ) -> Iterator[tuple[Any, ...]]:
         t, blind = texts(language), BlindRound()
         closed = [gr.update(interactive=False)] * len(VOTES)
-        titles = (t("pane.left"), t("pane.right"))
         try:
-            for frame in self.frames(request, prompt, _sampling(sampling)):
-                left, right = blind.order(frame.base, frame.adapted)
-                shown = render.panes(Frame(left, right), "" if self.service.pair().chat else prompt, titles, ("", ""), t)
-                whole = frame.finished and not left.error and not right.error
+            options = dict(started=started, address=address(request))
+            for frame in _paced(self.service.write(visitor(request), prompt, _sampling(sampling), **options)):
+                shown = Blind(blind, Frame(*blind.order(frame.base, frame.adapted)), prompt)
+                whole = frame.finished and not frame.base.error and not frame.adapted.error
                 votes = [gr.update(interactive=True)] * len(VOTES) if whole else closed
-                yield blind, shown, "", *votes
+                # before the end there is no round to vote in, whatever a program sends
+                yield shown if whole else None, self.show_blind(shown, t), "", *votes
         except Exception as error:
             yield None, self.problem(error, t), "", *closed
 
-    def vote(self, vote: str, language: str, blind: BlindRound | None) -> tuple[Any, ...]:
+    def vote(self, vote: str, language: str, shown: Blind | None) -> tuple[Any, ...]:
         t, closed = texts(language), [gr.update(interactive=False)] * len(VOTES)
-        if blind is None:
+        if shown is None:
             return "", *closed
         try:
             pair = self.service.pair()
-            reveal = self.service.tally.vote(blind, vote, base=pair.base.label, adapted=pair.adapted.label)
+            self.service.tally.vote(shown.round, vote, base=pair.base.label, adapted=pair.adapted.label)
         except EWCError as error:
             return self.problem(error, t), *closed
-        names = {name: t(f"blind.side.{name}") for name in ("base", "adapted")}
-        said = t("blind.reveal", left=names[reveal.left], right=names[reveal.right])
-        outcome = render.message(f"{t(f'blind.outcome.{reveal.outcome}')} {said}", "verdict strong")
-        return f'<div role="status">{outcome}{render.tally(self.service.tally.to_dict(), t)}</div>', *closed
+        return self.show_reveal(shown, t), *closed
+
+    def show_blind(self, shown: Blind | None, t: Texts) -> str:
+        if shown is None:
+            return ""
+        prompt = "" if self.service.pair().chat else shown.prompt
+        return render.panes(shown.frame, prompt, (t("pane.left"), t("pane.right")), ("", ""), t)
+
+    def show_reveal(self, shown: Blind | None, t: Texts) -> str:
+        if shown is None or not shown.round.voted:
+            return ""
+        return render.reveal(shown.round.reveal(), self.service.tally.to_dict(), t)
 
     def storage(self, t: Texts) -> str:
         repo = self.service.config.votes_repo
@@ -154,7 +185,8 @@ class Answers:
         """Both models write on from a prompt: texts so far, tokens, why each side ended, where the texts part."""
         try:
             sampling = Sampling(max_new_tokens, greedy, temperature, top_p, top_k, seed)
-            for frame in self.frames(request, prompt, sampling, model, merge_lambda):
+            written = self.service.write(visitor(request), prompt, sampling, model, merge_lambda, address(request))
+            for frame in _paced(written):
                 sides = {
                     role: {"text": pane.text, "tokens": pane.tokens, "reason": pane.reason, "error": pane.error}
                     for role, pane in (("base", frame.base), ("adapted", frame.adapted))
@@ -199,7 +231,20 @@ def visitor(request: gr.Request) -> str:
 
 
 def address(request: gr.Request) -> str | None:
+    """Where a request comes from. On a Space all come through one proxy, which writes the last of the addresses it tells."""
+    told = request.headers.get("x-forwarded-for") if os.environ.get("SPACE_ID") else None
+    if told:
+        return told.rpartition(",")[2].strip()
     return request.client.host if request.client else None
+
+
+def _paced(frames: Iterator[Frame]) -> Iterator[Frame]:
+    """As many frames as an eye can follow, the last one among them."""
+    shown = -math.inf
+    for frame in frames:
+        if frame.finished or time.monotonic() - shown >= FRAME_SECONDS:
+            yield frame
+            shown = time.monotonic()
 
 
 def _sampling(values: tuple[Any, ...]) -> Sampling:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from render import attribute, shown
+from texts import Texts
 
 from hf_ewc.evaluation import place_labels
 
@@ -13,7 +14,7 @@ WIDTH, HEIGHT = 760, 440
 LEFT, RIGHT, TOP, BOTTOM = 64, 20, 16, 56  # margins: numbers and titles of the axes
 CHARACTER, LINE = 7.4, 16.0  # size of a label's letters, about
 COLOURS = ("#2563eb", "#d97706", "#059669", "#c026d3", "#64748b", "#dc2626")
-SHAPES = ("circle", "square", "triangle", "diamond", "cross")
+SHAPES = ("circle", "square", "triangle", "diamond", "cross", "bar")
 
 
 class Point(NamedTuple):
@@ -30,7 +31,7 @@ class Line(NamedTuple):
     points: Sequence[Point]
 
 
-def chart(lines: Sequence[Line], x_title: str, y_title: str, summary: str) -> str:
+def chart(lines: Sequence[Line], x_title: str, y_title: str, summary: str, t: Texts) -> str:
     """An SVG. `summary` is read out instead of the picture, whose figures should also stand in a table or in words."""
     lines = [line for line in lines if line.points]
     if not lines:
@@ -38,7 +39,7 @@ def chart(lines: Sequence[Line], x_title: str, y_title: str, summary: str) -> st
     points = [point for line in lines for point in line.points]
     x, x_ticks = _scale([point.x for point in points], LEFT, WIDTH - RIGHT)
     y, y_ticks = _scale([point.y for point in points], HEIGHT - BOTTOM, TOP)
-    drawn = [_axes(x, y, x_ticks, y_ticks, x_title, y_title)]
+    drawn = [_axes(x, y, x_ticks, y_ticks, x_title, y_title, t)]
     for number, line in enumerate(lines):
         colour, shape = COLOURS[number % len(COLOURS)], SHAPES[number % len(SHAPES)]
         path = " ".join(f"{x(point.x):.1f},{y(point.y):.1f}" for point in line.points)
@@ -67,12 +68,12 @@ def _scale(values: Sequence[float], start: float, end: float):
     return (lambda value: start + (value - low) / (high - low) * (end - start)), ticks
 
 
-def _axes(x, y, x_ticks: list[float], y_ticks: list[float], x_title: str, y_title: str) -> str:
+def _axes(x, y, x_ticks: list[float], y_ticks: list[float], x_title: str, y_title: str, t: Texts) -> str:
     bottom = HEIGHT - BOTTOM
-    found = [f'<line class="grid" x1="{x(t):.1f}" x2="{x(t):.1f}" y1="{TOP}" y2="{bottom}"/>' for t in x_ticks]
-    found += [f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(t):.1f}" y2="{y(t):.1f}"/>' for t in y_ticks]
-    found += [f'<text x="{x(t):.1f}" y="{bottom + 18}" text-anchor="middle">{_number(t)}</text>' for t in x_ticks]
-    found += [f'<text x="{LEFT - 8}" y="{y(t) + 4:.1f}" text-anchor="end">{_number(t)}</text>' for t in y_ticks]
+    found = [f'<line class="grid" x1="{x(v):.1f}" x2="{x(v):.1f}" y1="{TOP}" y2="{bottom}"/>' for v in x_ticks]
+    found += [f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(v):.1f}" y2="{y(v):.1f}"/>' for v in y_ticks]
+    found += [f'<text x="{x(v):.1f}" y="{bottom + 18}" text-anchor="middle">{_number(v, t)}</text>' for v in x_ticks]
+    found += [f'<text x="{LEFT - 8}" y="{y(v) + 4:.1f}" text-anchor="end">{_number(v, t)}</text>' for v in y_ticks]
     found.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}"/>')
     found.append(f'<line class="axis" x1="{LEFT}" x2="{LEFT}" y1="{TOP}" y2="{bottom}"/>')
     found.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 12}" text-anchor="middle">{attribute(x_title)}</text>')
@@ -87,6 +88,7 @@ def _marker(shape: str, x: float, y: float, colour: str, point: Point) -> str:
         "square": f'<rect x="{x - 5.5:.1f}" y="{y - 5.5:.1f}" width="11" height="11"',
         "triangle": f'<path d="M{x:.1f} {y - 7:.1f}l7 12h-14z"',
         "diamond": f'<path d="M{x:.1f} {y - 7.5:.1f}l7.5 7.5l-7.5 7.5l-7.5 -7.5z"',
+        "bar": f'<rect x="{x - 7:.1f}" y="{y - 3:.1f}" width="14" height="6"',
         "cross": f'<path d="M{x - 6:.1f} {y - 2:.1f}h4v-4h4v4h4v4h-4v4h-4v-4h-4z"',
     }
     told = f"<title>{attribute(point.label)}</title>"
@@ -118,6 +120,7 @@ def _key(number: int, name: str) -> str:
     return f'<span class="key">{mark} {shown(name)}</span> '
 
 
-def _number(value: float) -> str:
+def _number(value: float, t: Texts) -> str:
+    """Of a tick: no more digits than it needs."""
     text = f"{value:.3f}".rstrip("0").rstrip(".")
-    return "0" if text == "-0" else text.replace("-", "−")
+    return "0" if text == "-0" else t.figures(text)

@@ -13,10 +13,14 @@ import render
 from answers import Answers
 from texts import DEFAULT, STRINGS, Texts, choose_language, domain, load_examples, texts
 
-from hf_ewc.compare import STOPS, VOTES, CompareService, label_of
+from hf_ewc.compare import STOPS, VOTES, CompareService, Facts, label_of
 
 FOLDER = Path(__file__).resolve().parent
 QUIET: dict[str, Any] = dict(queue=False, show_progress="hidden", api_visibility="private")  # events that cost nothing
+
+NOW = "(...given) => { given[given.length - %d] = Date.now(); return given; }"  # the browser's clock, in the place of a number
+SAY = "(language) => { document.documentElement.lang = language; const to = new URL(location); \
+to.searchParams.set('lang', language); history.replaceState(history.state, '', to); }"
 
 Words = str | Callable[[Texts], Any]  # a key of `strings/`, or what is made of several: a label, the choices of a radio
 
@@ -56,6 +60,7 @@ class Page:
                 self.facts_tab()
                 self.blind_tab()
             self.footer = gr.HTML(elem_id="footer")
+            self.clock = gr.Number(0, visible=False)  # when the visitor clicked
             self.timer = gr.Timer(0.5)
             self.connect(blocks)
         return blocks
@@ -183,7 +188,10 @@ class Page:
 
         served["api_visibility"] = "private"
         chosen, votes = [self.language, self.model], list(self.votes.values())
-        self.run.click(answers.compare, [*chosen, self.prompt, *self.sampling], [self.panes, self.written], **served)
+        asked = [self.clock, *self.sampling]
+        clicked = dict(js=NOW % len(asked), **served)
+        self.run.click(answers.compare, [*chosen, self.prompt, *asked], [self.panes, self.written], **clicked)
+        self.model.input(answers.again, [self.written, *chosen, self.prompt, *asked], [self.panes, self.written], **clicked)
         self.measure.click(answers.score, [*chosen, self.view, self.text], [self.scores, self.natural], **served)
         self.view.input(answers.look, [self.language, self.scores, self.view], self.natural, **QUIET)
         gr.on(
@@ -195,54 +203,58 @@ class Page:
             **served,
         )
         shown = [self.round, self.blind_panes, self.reveal, *votes]
-        self.blind_run.click(answers.blind, [self.language, self.blind_prompt, *self.sampling], shown, **served)
+        self.blind_run.click(answers.blind, [self.language, self.blind_prompt, *asked], shown, **clicked)
         for vote, button in self.votes.items():
             button.click(partial(answers.vote, vote), [self.language, self.round], [self.reveal, *votes], **QUIET)
         for stop in (self.stop, self.blind_stop):
-            stop.click(answers.end, None, None, **QUIET)
-        blocks.unload(answers.end)  # whoever leaves gives the place back
+            stop.click(answers.end, self.clock, None, js=NOW % 1, **QUIET)
+        blocks.unload(answers.leave)  # whoever leaves gives the place back
 
     def connect_words(self, blocks: gr.Blocks) -> None:
         """When the page opens, in another language, and while the models load."""
         worded = [component for component, _ in self.wording]
-        shown = [self.heading, self.footer, self.blind_lead, self.panes, self.natural, self.front]
-        remembered = [self.language, self.written, self.scores, self.view, self.tried]
+        shown = [self.footer, self.blind_lead, self.panes, self.natural, self.front, self.between_panes, self.blind_panes]
+        shown += [self.reveal]
+        remembered = [self.language, self.written, self.scores, self.view, self.tried, self.round]
         words: dict[str, Any] = dict(fn=self.words, inputs=remembered, outputs=[*worded, *shown], **QUIET)
         waited = [self.status, self.timer, self.between_note, self.ends, self.between_live, self.prompt, self.blind_prompt]
         progress: dict[str, Any] = dict(fn=self.progress, inputs=self.language, outputs=waited, **QUIET)
         told: dict[str, Any] = dict(
             fn=self.told, inputs=self.language, outputs=[self.headline, self.facts, self.heading], **QUIET
         )
-        blocks.load(self.greet, None, self.language, **QUIET).then(**words).then(**progress).then(**told)
+        greeted = blocks.load(self.greet, None, self.language, **QUIET)
+        greeted.then(None, self.language, None, js=SAY)  # English is what it was before, so no change is told
+        greeted.then(**words).then(**progress).then(**told)
         self.language.input(**words).then(**progress).then(**told)
-        self.language.change(None, self.language, None, js="(language) => { document.documentElement.lang = language; }")
-        self.timer.tick(**progress)
+        self.language.change(None, self.language, None, js=SAY)
+        self.timer.tick(**progress).then(**told)
 
     # words and records
 
     def greet(self, request: gr.Request) -> str:
         return choose_language(request.query_params, request.headers)
 
-    def words(self, language: str, written: Any, scores: Any, view: str, tried: Any) -> list[Any]:
+    def words(self, language: str, written: Any, scores: Any, view: str, tried: Any, played: Any) -> list[Any]:
         """Everything that has words, in another language."""
-        t = texts(language)
-        updates = [gr.update(**{name: _said(value, t) for name, value in words.items()}) for _, words in self.wording]
-        panes = (
-            self.answers.show_frame(*written, t)
-            if written
-            else render.panes(None, "", self.answers.titles("adapted", t), ("", ""), t)
-        )
-        footer = render.message(t("footer"))
-        blind = render.message(t("blind.lead")) + render.message(self.answers.storage(t))
-        heading = self.show_heading(t, known=False)
-        front = self.answers.show_front(tried, t)
-        return [*updates, heading, footer, blind, panes, self.answers.look(language, scores, view), front]
+        t, answers = texts(language), self.answers
+        return [
+            *(gr.update(**{name: _said(value, t) for name, value in words.items()}) for _, words in self.wording),
+            render.message(t("footer")),
+            render.message(t("blind.lead")) + render.message(answers.storage(t)),
+            answers.show_frame(*written, t) if written else render.panes(None, "", answers.titles("adapted", t), ("", ""), t),
+            answers.look(language, scores, view),
+            records.front(tried, t),
+            answers.show_between(tried, t),
+            answers.show_blind(played, t),
+            answers.show_reveal(played, t),
+        ]
 
     def progress(self, language: str) -> tuple[Any, ...]:
         """How far the models are; the clock stops when there is nothing to wait for."""
         t, status = texts(language), self.service.status
         problem = self.service.no_slider
-        note = records.no_slider(problem, self.service.facts, t) if problem else render.message(t("between.lead"))
+        known = self.service.facts if self.service.facts_read else Facts()
+        note = records.no_slider(problem, known, t) if problem else render.message(t("between.lead"))
         ends = records.ends(t)
         if status.state == "loading":
             said = render.message(t("status.loading", step=t(f"step.{status.step}")), "loading")
@@ -251,16 +263,19 @@ class Page:
         else:
             said = render.message(t("status.ready"), "ready")
         info = gr.update(info=self.prompt_info(t))
-        return said, gr.Timer(active=status.state == "loading"), note, ends, gr.update(visible=not problem), info, info
+        waiting = status.state == "loading" or not self.service.facts_read
+        return said, gr.Timer(active=waiting), note, ends, gr.update(visible=not problem), info, info
 
     def told(self, language: str) -> tuple[str, str, str]:
-        t, facts = texts(language), self.service.facts
-        return records.headline(facts, t), records.page(facts, t), self.show_heading(t, known=True)
-
-    def show_heading(self, t: Texts, known: bool) -> str:
-        results = self.service.facts.results if known else None
+        """What the records say, once they are read."""
+        t = texts(language)
+        facts = self.service.facts if self.service.facts_read else Facts()
+        results = facts.results
         lead = t("lead", old=domain(t, results.old), new=domain(t, results.new)) if results else t("lead.plain")
-        return f"<h1>{t('title')}</h1>{render.message(lead, 'lead')}"
+        note = self.examples.get("note", {}).get(language, "")
+        heading = f"<h1>{t('title')}</h1>{render.message(lead, 'lead')}{render.message(note)}"
+        shown = records.page(facts, t) if self.service.facts_read else render.message(t("facts.loading"), "nothing")
+        return records.headline(facts, t), shown, heading
 
 
 def _said(words: Words, t: Texts) -> str:

@@ -56,6 +56,13 @@
   document.addEventListener("input", (event) => {
     if (event.target.matches?.("#lambda input[type=range]")) place(event.target);
   });
+  // Gradio tells of a slider's release by the pointer only: by keys, it is when they come to rest.
+  let resting;
+  document.addEventListener("keyup", (event) => {
+    if (!event.target.matches?.("#lambda input[type=range]") || !/^(Arrow|Page|Home|End)/.test(event.key)) return;
+    clearTimeout(resting);
+    resting = setTimeout(() => document.getElementById("between-run")?.click(), 300);
+  });
   new MutationObserver(() => {
     document.querySelectorAll(".tokens").forEach((box) => {
       if (!box.querySelector('.token[tabindex="0"]')) box.querySelector(".token")?.setAttribute("tabindex", "0");

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from chart import Line, Point, chart
-from render import attribute, link, message, shown, signed
+from render import attribute, link, message, shown
 from texts import Texts, domain
 
-from hf_ewc.compare import Facts, Heading, LineageLink, ResultFacts, label_of
+from hf_ewc.compare import Facts, Frame, Heading, LineageLink, ResultFacts, Scores, label_of
 
 # at the top: three models in a few bars
 
 
 def headline(facts: Facts, t: Texts) -> str:
-    """What EWC did, before anything is typed: nothing if nothing was measured."""
-    if facts.results is None:
-        return ""
+    """What EWC did, before anything is typed: nothing if this model was not measured. First, what is wrong with the pair."""
+    wrong = "".join(message(t(f"warning.{code}"), "problem") for code in _warnings(facts))
+    if facts.results is None or facts.results.headline.own is None:
+        return wrong
     results, head = facts.results, facts.results.headline
     models = [(name, row) for name, row in (("base", head.base), ("own", head.own), ("plain", head.plain)) if row is not None]
-    if head.own is None or head.own == head.plain:  # the page's own model is the one without EWC, or was not measured
+    if head.own == head.plain:  # the page's own model is the one without EWC
         models = [(name, row) for name, row in models if name != "own"]
     old, new = (domain(t, name) for name in (results.old, results.new))
     cards = [_card(t("headline.kept", old=old), t("headline.kept.note", old=old), [(name, row.old) for name, row in models], t)]
@@ -35,9 +37,19 @@ def headline(facts: Facts, t: Texts) -> str:
     )
     said = ""
     if head.forgetting_avoided is not None and head.learning_kept is not None:
-        shares = dict(percent=_percent(head.forgetting_avoided), learned=_percent(head.learning_kept))
+        shares = dict(percent=_percent(head.forgetting_avoided, t), learned=_percent(head.learning_kept, t))
         said = message(t("headline.avoided", **shares), "verdict strong")
-    return f'<div class="cards" role="group" aria-label="{attribute(t("headline.label"))}">{"".join(cards)}</div>{said}'
+    return f'{wrong}<div class="cards" role="group" aria-label="{attribute(t("headline.label"))}">{"".join(cards)}</div>{said}'
+
+
+def _warnings(facts: Facts) -> list[str]:
+    found = {link.what: link for link in facts.lineage}
+    base, adapted = found.get("base model"), found.get("adapted model")
+    if base is None or adapted is None:
+        return []
+    if base.sha256 is not None and base.sha256 == adapted.sha256:
+        return ["same"]
+    return ["base"] if base.verified is False else []
 
 
 def _card(
@@ -45,21 +57,21 @@ def _card(
     note: str,
     values: list[tuple[str, float | None]],
     t: Texts,
-    show: Callable[[float], str] = lambda value: f"{value:.2f}",
+    show: Callable[[float, Texts], str] = lambda value, t: t.number(value),
     whole: float | None = None,
 ) -> str:
     most = whole or max((value for _, value in values if value is not None), default=1.0) or 1.0
     bars = "".join(
         f'<div class="bar {name}"><span>{t(f"headline.{name}")}</span><span class="track"><span class="fill" '
         f'style="width:{0 if value is None else 100 * value / most:.1f}%"></span></span>'
-        f'<span class="value">{"–" if value is None else show(value)}</span></div>'
+        f'<span class="value">{"–" if value is None else show(value, t)}</span></div>'
         for name, value in values
     )
     return f'<div class="card"><h2>{shown(title)}</h2><p class="note">{shown(note)}</p>{bars}</div>'
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.0f} %"
+def _percent(value: float, t: Texts) -> str:
+    return f"{t.number(100 * value, 0)} %"
 
 
 # the tab
@@ -87,17 +99,23 @@ def page(facts: Facts, t: Texts) -> str:
 
 def _table(results: ResultFacts, t: Texts) -> str:
     heads = "".join(_head(heading, t) for heading in results.columns)
-    rows = "".join(
-        f"<tr{' class=own' if number == results.own_row else ''}>{''.join(f'<td>{shown(cell)}</td>' for cell in row)}</tr>"
-        for number, row in enumerate(results.rows)
-    )
-    return _scrolled(heads, rows)
+    rows = ""
+    for number, row in enumerate(results.rows):
+        cells = "".join(f"<td>{shown(t.figures(cell))}</td>" for cell in row)
+        rows += f"<tr{' class=own' if number == results.own_row else ''}>{cells}</tr>"
+    keys = list(dict.fromkeys(heading.key for heading in results.columns))
+    titles = {heading.key: _title(heading, t) for heading in results.columns}
+    meanings = "".join(f"<dt>{shown(titles[key])}</dt><dd>{t(f'meaning.{key}')}</dd>" for key in keys)
+    return f"{_scrolled(heads, rows)}<details><summary>{t('facts.columns')}</summary><dl>{meanings}</dl></details>"
+
+
+def _title(heading: Heading, t: Texts) -> str:
+    return domain(t, heading.title) if heading.key in ("old", "new", "questions") else t(f"column.{heading.key}")
 
 
 def _head(heading: Heading, t: Texts) -> str:
-    title = domain(t, heading.title) if heading.key in ("old", "new", "questions") else t(f"column.{heading.key}")
     unit = f"<small>{shown(t(f'unit.{heading.unit}'))}</small>" if heading.unit else ""
-    return f'<th scope="col" title="{attribute(heading.meaning)}">{shown(title)}{unit}</th>'
+    return f'<th scope="col">{shown(_title(heading, t))}{unit}</th>'
 
 
 def _scrolled(heads: str, rows: str) -> str:
@@ -117,8 +135,9 @@ def _front(results: ResultFacts, t: Texts) -> str:
         lines.append(Line(mode, [Point(p.learning, p.forgetting, p.label, p.own) for p in points]))
     if len(lines) > 2:  # a line of λ = 0 alone says nothing: the others begin with it
         lines = [line for line in lines if line.name == "base" or any(p.label != "λ = 0" for p in line.points)]
-    summary = "; ".join(f"{p.mode} {p.label}: {signed(p.learning)}, {signed(p.forgetting)}" for p in results.points)
-    return chart(lines, t("facts.front.x", new=new), t("facts.front.y", old=old), f"{t('facts.front')}. {summary}")
+    figures = ((p, t.number(p.learning, signed=True), t.number(p.forgetting, signed=True)) for p in results.points)
+    summary = "; ".join(f"{p.mode} {p.label}: {learned}, {forgotten}" for p, learned, forgotten in figures)
+    return chart(lines, t("facts.front.x", new=new), t("facts.front.y", old=old), f"{t('facts.front')}. {summary}", t)
 
 
 def _layers(facts: Facts, t: Texts) -> str:
@@ -130,9 +149,9 @@ def _layers(facts: Facts, t: Texts) -> str:
         places[share.where] = trace + share.trace, weights + share.parameters
     most = max(trace for trace, _ in places.values()) or 1.0
     rows = "".join(
-        f'<tr><td>{shown(where)}</td><td class="wide"><span class="track">'
+        f'<tr><td>{shown(_layer(where, t))}</td><td class="wide"><span class="track">'
         f'<span class="fill" style="width:{100 * trace / most:.1f}%"></span></span></td>'
-        f"<td>{100 * trace:.1f} %</td><td>{100 * weights:.1f} %</td></tr>"
+        f"<td>{t.number(100 * trace, 1)} %</td><td>{t.number(100 * weights, 1)} %</td></tr>"
         for where, (trace, weights) in places.items()
     )
     heads = "".join(
@@ -140,6 +159,14 @@ def _layers(facts: Facts, t: Texts) -> str:
         for title in (t("facts.layers.layer"), "", t("facts.layers.share"), t("facts.layers.weights"))
     )
     return message(t("facts.layers.note")) + _scrolled(heads, rows)
+
+
+def _layer(where: str, t: Texts) -> str:
+    """A layer's number, or the name of what is outside the layers."""
+    try:
+        return t(f"layer.{where}")
+    except KeyError:
+        return where
 
 
 def _lineage(links: tuple[LineageLink, ...], t: Texts) -> str:
@@ -182,20 +209,54 @@ def ends(t: Texts) -> str:
     return f'<p class="ends"><span>{t("between.left")}</span><span>{t("between.right")}</span></p>'
 
 
-def tried(measured: Any, t: Texts) -> str:
+class Bits(NamedTuple):
+    """Bits per byte at one λ of the text to keep and of the text to learn, and how they differ from the base's."""
+
+    old: float
+    new: float
+    forgotten: float
+    learned: float
+
+    @classmethod
+    def of(cls, old: Scores, new: Scores) -> Bits:
+        return cls(old.adapted_bits_per_byte, new.adapted_bits_per_byte, old.difference, -new.difference)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """
+    Which λ a visitor has tried.
+
+    Parameters:
+        key (`tuple[str, str, str]`): Both texts and the model: the points are of these only.
+        points (`dict[float, Bits]`): What was measured at each λ.
+        strength (`float`): The last λ.
+        prompt (`str`), frame (`Frame`, *optional*): What was written there.
+    """
+
+    key: tuple[str, str, str]
+    points: dict[float, Bits]
+    strength: float
+    prompt: str
+    frame: Frame | None = None
+
+
+def front(tried: Tried | None, t: Texts) -> str:
     """The λ that was tried last in words, and all that were tried as a line from the trained model to the base."""
-    _, scores, last = measured
-    old, new = scores[last]
+    if tried is None:
+        return message(t("between.empty"), "nothing")
+    last = tried.points[tried.strength]
     said = t(
         "between.figures",
-        place=label_of(last),
-        old=f"{old.adapted_bits_per_byte:.2f}",
-        new=f"{new.adapted_bits_per_byte:.2f}",
-        forgotten=signed(old.difference),
-        learned=signed(new.difference),
+        place=label_of(tried.strength),
+        old=t.number(last.old),
+        new=t.number(last.new),
+        forgotten=t.number(last.forgotten, signed=True),
+        learned=t.number(-last.learned, signed=True),
     )
     points = [
-        Point(-new.difference, old.difference, label_of(value), value == last) for value, (old, new) in sorted(scores.items())
+        Point(bits.learned, bits.forgotten, label_of(value), value == tried.strength)
+        for value, bits in sorted(tried.points.items())
     ]
     lines = [Line(t("tab.between"), points), Line(t("headline.base"), [Point(0.0, 0.0, t("headline.base"))])]
-    return message(said, "verdict strong") + chart(lines, t("between.x"), t("between.y"), t("between.label"))
+    return message(said, "verdict strong") + chart(lines, t("between.x"), t("between.y"), t("between.label"), t)

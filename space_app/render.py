@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from texts import Texts
+from texts import Texts, coded
 
-from hf_ewc.compare import Frame, Pane, Scores, Side, TokenScore
+from hf_ewc.compare import Frame, Pane, Reveal, Scores, Side, TokenScore
 from hf_ewc.hub import page
 
 DIFFERENCE_STEPS = (0.25, 1.0, 2.0, 4.0)  # nats at which colour and line become stronger
@@ -72,7 +72,7 @@ def panes(frame: Frame | None, prompt: str, titles: Sequence[str], names: Sequen
 
 def _pane(pane: Pane, prompt: str, title: str, name: str, parts_at: int | None, begun: bool, t: Texts) -> str:
     if pane.error:
-        state = message(pane.error, "problem")
+        state = message(coded(t, pane.error_code, pane.error), "problem")
     elif begun:
         state = f'<p class="state">{_tokens(pane.tokens, t)} · {t("reason." + (pane.reason or "none"))}</p>'
     else:
@@ -113,7 +113,7 @@ def _verdict(frame: Frame, begun: bool, t: Texts) -> str:
 
 
 def _tokens(count: int, t: Texts) -> str:
-    return t("tokens.one") if count == 1 else t("tokens", count=f"{count:,}")
+    return t("tokens.one") if count == 1 else t("tokens", count=t.number(count, 0))
 
 
 # Which finds it natural: tokens
@@ -123,17 +123,17 @@ def natural(scores: Scores | None, view: str, model: str, t: Texts) -> str:
     """Which model finds the text more natural, its tokens, what their look means, and a place for the numbers of one."""
     if scores is None:
         return message(t("natural.empty"), "nothing")
-    difference = f"{abs(scores.difference):.2f}"
-    which = "equal" if difference == "0.00" else "adapted" if scores.difference < 0 else "base"
+    difference = t.number(abs(scores.difference))
+    which = "equal" if abs(scores.difference) < 0.005 else "adapted" if scores.difference < 0 else "base"
     verdict = t(f"natural.{which}", model=model, difference=difference)
     verdict = verdict[:1].upper() + verdict[1:]
     figures = t(
         "natural.figures",
-        base=f"{scores.base_bits_per_byte:.2f}",
-        adapted=f"{scores.adapted_bits_per_byte:.2f}",
+        base=t.number(scores.base_bits_per_byte),
+        adapted=t.number(scores.adapted_bits_per_byte),
         model=model,
         tokens=_tokens(scores.tokens, t),
-        bytes=f"{scores.bytes:,}",
+        bytes=t.number(scores.bytes, 0),
     )
     legend = t("legend.difference" if view == "difference" else "legend.surprise", model=model)
     pieces = "".join(_piece(piece, view, model, t) for piece in scores.pieces)
@@ -154,22 +154,20 @@ def _piece(piece: TokenScore, view: str, model: str, t: Texts) -> str:
         "natural.token",
         text=piece.text.replace("\n", "↵"),
         model=model,
-        base=f"{piece.base_nats:.2f}",
-        adapted=f"{piece.adapted_nats:.2f}",
-        difference=signed(piece.difference),
+        base=t.number(piece.base_nats),
+        adapted=t.number(piece.adapted_nats),
+        difference=t.number(piece.difference, signed=True),
     )
     look = shown(piece.text).replace("\n", '<span class="break" aria-hidden="true">↵</span>\n')
     return f'<span class="token s{level}{direction}" role="button" tabindex="-1" data-say="{attribute(said)}">{look}</span>'
 
 
-def signed(value: float, digits: int = 2) -> str:
-    """With its sign, and a real minus; never a negative zero."""
-    text = f"{value:+.{digits}f}"
-    return f"{0:.{digits}f}" if float(text) == 0 else text.replace("-", "−")
-
-
 # Blind votes
 
 
-def tally(counts: dict[str, int], t: Texts) -> str:
-    return f'<p class="note" id="tally">{t("blind.tally", **counts)}</p>'
+def reveal(found: Reveal, counts: dict[str, int], t: Texts) -> str:
+    """Which side was which, after the vote, and all votes so far."""
+    names = {name: t(f"blind.side.{name}") for name in ("base", "adapted")}
+    said = t("blind.reveal", left=names[found.left], right=names[found.right])
+    outcome = message(f"{t(f'blind.outcome.{found.outcome}')} {said}", "verdict strong")
+    return f'<div role="status">{outcome}<p class="note" id="tally">{t("blind.tally", **counts)}</p></div>'

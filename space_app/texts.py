@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hf_ewc.compare import CompareError, problem_code, public_message
 from hf_ewc.errors import ConfigError
 
-Texts = Callable[..., str]
 STRINGS: dict[str, dict[str, str]] = {
     path.stem: json.loads(path.read_text(encoding="utf-8"))
     for path in sorted(Path(__file__).with_name("strings").glob("*.json"))
@@ -18,14 +17,38 @@ STRINGS: dict[str, dict[str, str]] = {
 DEFAULT = "en"
 
 
+class Texts:
+    """
+    The words and the numbers of a language; English for one that has no strings.
+
+    Example:
+
+    ```python
+    >>> t = Texts("lt")
+    >>> t("tokens", count=t.number(1500, 0)), t.number(-0.5, signed=True)
+    ('gabalėlių: 1\xa0500', '−0,50')
+    ```
+    """
+
+    def __init__(self, language: str | None):
+        self.words = STRINGS.get(language or "", STRINGS[DEFAULT])
+
+    def __call__(self, key: str, **facts: Any) -> str:
+        return self.words[key].format(**facts)
+
+    def number(self, value: float, digits: int = 2, signed: bool = False) -> str:
+        """With the language's signs, and a real minus; never a negative zero."""
+        text = f"{value:{'+' if signed else ''},.{digits}f}"
+        return self.figures(f"{0:.{digits}f}" if float(text.replace(",", "")) == 0 else text)
+
+    def figures(self, text: str) -> str:
+        """Figures as Python writes them, in this language."""
+        signs = {",": self.words["number.thousands"], ".": self.words["number.decimal"], "-": "−"}
+        return text.translate(str.maketrans(signs))
+
+
 def texts(language: str | None) -> Texts:
-    """`t("key", name=value)` in a language; English for one that has no strings."""
-    words = STRINGS.get(language or "", STRINGS[DEFAULT])
-
-    def t(key: str, **facts: Any) -> str:
-        return words[key].format(**facts)
-
-    return t
+    return Texts(language)
 
 
 def load_examples(path: str | Path) -> dict[str, Any]:
@@ -76,15 +99,19 @@ def domain(t: Texts, name: str) -> str:
 
 def problem_text(t: Texts, error: BaseException) -> str:
     """An error for the page, in its language where there are words for it, else in the package's plain English."""
-    facts = {name: _number(value) for name, value in getattr(error, "facts", {}).items()}
+    facts = {name: _fact(value, t) for name, value in getattr(error, "facts", {}).items()}
     if isinstance(error, CompareError) and error.code == "not_text":
         facts["position"] = error.facts["position"] + 1
+    return coded(t, problem_code(error), public_message(error), **facts)
+
+
+def coded(t: Texts, code: str | None, message: str, **facts: Any) -> str:
+    """The page's own words for a problem of this code; the package's where it has none."""
     try:
-        return t(f"problem.{problem_code(error)}", **facts)
+        return t(f"problem.{code}", **facts)
     except KeyError:
-        message = public_message(error)
-        return message if problem_code(error) == "setting" else message[:1].upper() + message[1:]  # its first word is a name
+        return message if code == "setting" else message[:1].upper() + message[1:]  # its first word is a name
 
 
-def _number(value: Any) -> Any:
-    return f"{value:,g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+def _fact(value: Any, t: Texts) -> Any:
+    return t.figures(f"{value:,g}" if isinstance(value, float) else f"{value:,}") if isinstance(value, int | float) else value

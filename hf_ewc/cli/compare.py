@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +74,7 @@ def run(argv: list[str]) -> int:
         raise ConfigError(f"{at} taken ({error}). Name a free one: --port 7861") from None
     print(f"Open {blocks.local_url} (Ctrl-C ends it)", flush=True)
     try:
+        service.wait(math.inf)  # whoever started it is told here, too, that the models cannot be loaded
         blocks.block_thread()
     finally:
         blocks.close(verbose=False)

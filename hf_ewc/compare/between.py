@@ -164,6 +164,8 @@ class Between:
                 side = self._side(strength, model)
             if side is not None:
                 self._kept[strength] = side
+                while len(self._kept) > len(STOPS):  # a program may ask for any λ
+                    self._kept.popitem(last=False)
             return side
 
     def _side(self, strength: float, model: PreTrainedModel) -> Side:

@@ -119,6 +119,10 @@ class Tally:
         self._sink = sink
         self._lock = threading.Lock()
 
+    def store(self, sink: Callable[[dict[str, Any]], None]) -> None:
+        """Store votes from now on: see `sink`."""
+        self._sink = sink
+
     @property
     def stores(self) -> bool:
         """Whether votes go anywhere but into these counts; the page must say which."""

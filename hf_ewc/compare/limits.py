@@ -34,7 +34,7 @@ class Limits:
 
     prompt_characters: int = 20_000
     prompt_tokens: int = 4096
-    new_tokens: int = 512
+    new_tokens: int = 256
     score_characters: int = 10_000
     score_tokens: int = 4096
     slots: int = 2
@@ -162,15 +162,19 @@ class RateLimit:
         self._swept = clock()
         self._lock = threading.Lock()
 
-    def spend(self, session: str) -> None:
-        """Count a request of a session; a [`CompareError`] with `code="rate"` says in how many seconds the next may come."""
+    def spend(self, session: str, cost: int = 1) -> None:
+        """
+        Count a request of a session, as `cost` requests (at most a full bucket); a [`CompareError`] with `code="rate"` says in
+        how many seconds it may come.
+        """
+        cost = min(cost, self.burst)
         with self._lock:
             now = self._clock()
             self._sweep(now)
             left, since = self._buckets.get(session, (float(self.burst), now))
             left = min(self.burst, left + (now - since) * self.per_second)
-            if left < 1:
-                seconds = max(1, math.ceil((1 - left) / self.per_second - 1e-6))
+            if left < cost:
+                seconds = max(1, math.ceil((cost - left) / self.per_second - 1e-6))
                 raise CompareError(
                     "rate",
                     f"that was fast: {self.burst} requests at once, then {self.per_second * 60:g} a minute. Try again in "
@@ -179,7 +183,7 @@ class RateLimit:
                     burst=self.burst,
                     per_minute=self.per_second * 60,
                 )
-            self._buckets[session] = (left - 1, now)
+            self._buckets[session] = (left - cost, now)
 
     def __len__(self) -> int:
         """Sessions that are remembered now."""

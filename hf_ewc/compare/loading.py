@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from ..errors import EWCError
 from .problems import CompareError, problem_code, public_message
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Loader(Generic[T]):
         Raises:
             CompareError: Still loading (`code="loading"`), or why it cannot be loaded.
         """
-        self._done.wait(timeout)
+        self._done.wait(min(timeout, threading.TIMEOUT_MAX))
         if self._loaded is not None:
             return self._loaded
         if self.state == "failed":
@@ -74,7 +75,8 @@ class Loader(Generic[T]):
             self._loaded = self._load(self._tell)
             self.state = "ready"
         except Exception as error:
-            logger.exception("The models of the page cannot be loaded.")
+            own = isinstance(error, EWCError)  # which says all there is to say
+            logger.error("The models of the page cannot be loaded: %s", error, exc_info=None if own else error)
             self.problem, self._code = public_message(error), problem_code(error)
             self.state = "failed"
         finally:

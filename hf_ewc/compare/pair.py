@@ -230,6 +230,9 @@ def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        return torch.device(device)
-    except RuntimeError:
-        raise ConfigError(f"`device: {device}` is none that torch knows. Use cpu, cuda or mps, or leave it out.") from None
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).strip().split("\n")[0]
+        raise ConfigError(f"`device: {device}` cannot be used here ({why}). Use cpu, or leave it out.") from None
+    return place

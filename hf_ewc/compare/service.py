@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,12 +19,14 @@ from .limits import Limits, RateLimit, Slots
 from .loading import Loader
 from .pair import ModelPair
 from .problems import CompareError, problem_code, public_message
+from .prompts import text_problem
 from .sampling import Sampling
 from .surprisal import Scores, score
 
 logger = logging.getLogger(__name__)
 
 ADAPTED, PLAIN = "adapted", "plain"
+REQUEST_TOKENS = 64  # of new text that count as one request
 CROWD = 8  # visitors behind one address (a school, an office) who may use the page as one alone does
 
 
@@ -85,9 +88,9 @@ class CompareService:
         self._by_visitor = RateLimit(self.limits.per_minute, self.limits.burst)
         self._by_address = RateLimit(CROWD * self.limits.per_minute, CROWD * self.limits.burst)
         self._running: dict[str, set[threading.Event]] = {}
+        self._stopped: dict[str, float] = {}  # visitor: requests that were started until then are unwanted
         self._lock = threading.Lock()
-        self._facts: Facts | None = None
-        self._facts_read = threading.Lock()
+        self._facts = Loader(lambda progress: load_facts(config))
         self._frames, self._scores = on_device(self._frames_of), on_device(self._scores_of)
         self._loader: Loader[_Loaded] = Loader(self._load)
 
@@ -111,7 +114,7 @@ class CompareService:
         loaded = self._loader.get()
         if not isinstance(model, str) or model not in loaded.pairs:
             raise CompareError(
-                "setting", f"there is no model '{model}' here. Name one of: {', '.join(loaded.pairs)}.", name="model"
+                "setting", f"there is no model {ascii(model)[:40]} here. Name one of: {', '.join(loaded.pairs)}.", name="model"
             )
         if merge_lambda == 0:
             return loaded.pairs[model]
@@ -126,11 +129,13 @@ class CompareService:
 
     @property
     def facts(self) -> Facts:
-        """Results, layers and lineage: read once, also while the models load."""
-        with self._facts_read:
-            if self._facts is None:
-                self._facts = load_facts(self.config)
-            return self._facts
+        """Results, layers and lineage, which are read once, in the background: a Hub that does not answer takes its time."""
+        return self._facts.get(600.0)
+
+    @property
+    def facts_read(self) -> bool:
+        """Whether they are there already, so that nobody waits for them."""
+        return self._facts.state != "loading"
 
     # what a visitor may ask for
 
@@ -142,15 +147,17 @@ class CompareService:
         model: str = ADAPTED,
         merge_lambda: float = 0.0,
         address: str | None = None,
+        started: float | None = None,
     ) -> Iterator[Frame]:
         """
         Both models write on from the prompt: see [`stream`]. It waits for a place, ends with the texts so far when the visitor
-        stops or leaves, and gives the place back however it ends.
+        stops or leaves, and gives the place back however it ends. `started` is when the visitor asked for it, see
+        [`CompareService.stop`].
         """
         self.pair()
-        self._spend(visitor, address)
-        sampling = (sampling or Sampling()).checked(self.limits)
-        with self._stoppable(visitor) as stop:
+        sampling = self._allowed([prompt], self.limits.prompt_characters, "prompt", sampling)
+        self._spend(visitor, address, sampling)
+        with self._stoppable(visitor, started) as stop:
             yield from self.slots.guard(lambda: self._until(stop, model, merge_lambda, prompt, sampling), stop)
 
     def natural(
@@ -163,18 +170,51 @@ class CompareService:
     ) -> list[Scores]:
         """How surprising texts are to both models, see [`score`]; together they are one request."""
         self.pair()
+        self._allowed(texts, self.limits.score_characters, "text")
         self._spend(visitor, address)
         with self._stoppable(visitor) as stop, self.slots.take(stop) as mine:
             if not mine:
                 raise CompareError("stopped", "stopped while waiting for a place.")
             return [self._scores(model, merge_lambda, text) for text in texts]
 
-    def stop(self, visitor: str) -> None:
-        """End everything that a visitor has running; its texts so far stay. Also for one who has left."""
+    def move(
+        self,
+        visitor: str,
+        texts: Sequence[str],
+        prompt: str,
+        sampling: Sampling | None = None,
+        model: str = ADAPTED,
+        merge_lambda: float = 0.0,
+        address: str | None = None,
+    ) -> Iterator[list[Scores] | Frame]:
+        """A move of the λ slider, which is one request: the scores of texts, then the frames of what is written there."""
+        self.pair()
+        self._allowed(texts, self.limits.score_characters, "text")
+        sampling = self._allowed([prompt], self.limits.prompt_characters, "prompt", sampling)
+        self._spend(visitor, address, sampling)
+        with self._stoppable(visitor) as stop, self.slots.take(stop) as mine:
+            if mine:
+                yield [self._scores(model, merge_lambda, text) for text in texts]
+                yield from self._until(stop, model, merge_lambda, prompt, sampling)
+
+    def stop(self, visitor: str, until: float | None = None) -> None:
+        """
+        End everything that a visitor has running; its texts so far stay. With `until`, also what it started before then and
+        what is still on its way here, as a queue may hold a request for long; it is a moment of the clock that `started` of
+        [`CompareService.write`] is read from.
+        """
         with self._lock:
+            if until is not None:
+                self._stopped[visitor] = until
             events = list(self._running.get(visitor, ()))
         for event in events:
             event.set()
+
+    def leave(self, visitor: str) -> None:
+        """The visitor has gone: stop everything, and forget it."""
+        self.stop(visitor)
+        with self._lock:
+            self._stopped.pop(visitor, None)
 
     @property
     def running(self) -> int:
@@ -184,11 +224,21 @@ class CompareService:
 
     # how
 
-    def _spend(self, visitor: str, address: str | None) -> None:
-        """Count a request. A visitor's name is the visitor's own choice; an address is harder to change."""
-        self._by_visitor.spend(visitor)
+    def _allowed(self, texts: Sequence[str], longest: int, what: str, sampling: Sampling | None = None) -> Sampling:
+        """Refuse what costs nothing to refuse before it is counted."""
+        for text in texts:
+            if problem := text_problem(text, longest, what):
+                raise problem
+        return (sampling or Sampling()).checked(self.limits)
+
+    def _spend(self, visitor: str, address: str | None, sampling: Sampling | None = None) -> None:
+        """
+        Count a request, a long text as several. A visitor's name is the visitor's own choice; an address is harder to change.
+        """
+        cost = math.ceil(sampling.max_new_tokens / REQUEST_TOKENS) if sampling else 1
+        self._by_visitor.spend(visitor, cost)
         if address is not None:
-            self._by_address.spend(address)
+            self._by_address.spend(address, cost)
 
     def _load(self, progress: Callable[[str], None]) -> _Loaded:
         config = self.config
@@ -244,10 +294,12 @@ class CompareService:
         return score(self.pair(model, merge_lambda), text, self.limits)
 
     @contextmanager
-    def _stoppable(self, visitor: str) -> Iterator[threading.Event]:
+    def _stoppable(self, visitor: str, started: float | None = None) -> Iterator[threading.Event]:
         stop = threading.Event()
         with self._lock:
             self._running.setdefault(visitor, set()).add(stop)
+            if started is not None and started <= self._stopped.get(visitor, -math.inf):
+                stop.set()
         try:
             yield stop
         finally:

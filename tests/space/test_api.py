@@ -330,11 +330,11 @@ def test_texts_that_cannot_be_measured_are_refused_in_words(client, text, words)
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("max_new_tokens", 0, "from 1 to 512"),
-        ("max_new_tokens", 513, "from 1 to 512"),
+        ("max_new_tokens", 0, "from 1 to 256"),
+        ("max_new_tokens", 257, "from 1 to 256"),
         ("max_new_tokens", 2.5, "whole number"),
-        ("max_new_tokens", "many", "from 1 to 512"),
-        ("max_new_tokens", None, "from 1 to 512"),
+        ("max_new_tokens", "many", "from 1 to 256"),
+        ("max_new_tokens", None, "from 1 to 256"),
         ("temperature", -1, "from 0.01 to 100"),
         ("temperature", True, "from 0.01 to 100"),
         ("top_p", 1.5, "from 0.01 to 1"),
@@ -433,7 +433,7 @@ def test_a_client_is_told_its_place_in_the_queue(page):
 
 def test_a_client_that_cancels_gives_its_place_back(client, page):
     with slowed(page, 0.05):
-        job = client.submit(PROMPT, 400, api_name=COMPARE)
+        job = client.submit(PROMPT, 250, api_name=COMPARE)
         until(lambda: page.service.running == 1 and job.outputs())
         job.cancel()
         until(lambda: at_rest(page.service))
@@ -443,7 +443,7 @@ def test_a_client_that_cancels_gives_its_place_back(client, page):
 def test_connections_that_break_give_their_places_back(page):
     with slowed(page, 0.05):
         for _ in range(2):
-            with joined(page, [PROMPT, 400, *ALL[1:]]) as one, joined(page, [PROMPT, 400, *ALL[1:]]) as other:
+            with joined(page, [PROMPT, 250, *ALL[1:]]) as one, joined(page, [PROMPT, 250, *ALL[1:]]) as other:
                 for messages in (one, other):
                     assert any(message["msg"] == "process_generating" for message in messages)
                 assert page.service.slots.free == 0
@@ -455,7 +455,7 @@ def test_whoever_leaves_the_queue_is_not_served(page):
     with slowed(page, 0.05), joined(page, [PROMPT, 100, *ALL[1:]]) as one, joined(page, [PROMPT, 100, *ALL[1:]]) as other:
         for messages in (one, other):
             assert any(message["msg"] == "process_generating" for message in messages)
-        with joined(page, [PROMPT, 400, *ALL[1:]]) as third:
+        with joined(page, [PROMPT, 250, *ALL[1:]]) as third:
             assert next(third)["msg"] == "estimation"
         assert page.service.running == 2
     until(lambda: at_rest(page.service))
