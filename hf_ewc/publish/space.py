@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -12,7 +13,7 @@ import yaml
 from huggingface_hub import SpaceHardware
 
 from ..config import SPACE_FILE, CompareConfig, app_folder, raise_problems
-from ..errors import HubError
+from ..errors import DataError, HubError
 from ..hub import PushPlan, account, client, fetch_file, patiently, plain_errors, plan_push, push_files
 from .checkpoint import CARD, RESULTS, refuse_tokens
 from .compared import Compared, find_compared
@@ -21,8 +22,8 @@ from .space_card import render_space_card
 logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parents[1]
+EXAMPLES = "examples.json"
 LISTING = f"{PACKAGE.name}/space_files.txt"  # what a push wrote outside the package: the next one deletes what went, no more
-DTYPES = ("float32", "bfloat16", "float16")
 _PACKAGED = (".py", ".typed", ".jsonl", ".yaml", ".json")
 _STAYS = ("__pycache__", "screenshots")
 
@@ -39,6 +40,7 @@ def push_space(
     plain: str | None = None,
     plain_revision: str | None = None,
     results: str | Path | None = None,
+    examples: str | Path | None = None,
     dtype: str = "float32",
     votes_repo: str | None = None,
     title: str | None = None,
@@ -63,6 +65,7 @@ def push_space(
         base_revision, adapted_revision, fisher_revision, plain_revision (`str`, *optional*): branch, tag or commit; the commit
             is recorded.
         results (`str` or `Path`, *optional*): `results.json` of `hf-ewc evaluate` or a sweep in which this model was measured.
+        examples (`str` or `Path`, *optional*): JSON of the prompts that are offered, in the place of `space_app/examples.json`.
         dtype (`str`, *optional*, defaults to `"float32"`): of the weights in the Space's memory.
         votes_repo (`str`, *optional*): dataset repository that stores blind votes.
         title (`str`, *optional*): of the Space; the models' names by default.
@@ -93,7 +96,9 @@ def push_space(
         results=results,
         token=token,
     )
-    shown: dict[str, Any] = dict(results=results, dtype=dtype, votes_repo=votes_repo, title=title, hardware=hardware)
+    shown: dict[str, Any] = dict(
+        results=results, examples=examples, dtype=dtype, votes_repo=votes_repo, title=title, hardware=hardware
+    )
     files = space_files(compared, repo_id, **shown, token=token)
     plan = plan_space(files, repo_id, revision, token)
     for note in [*compared.notes, *access_notes(compared, repo_id)]:
@@ -119,6 +124,7 @@ def space_files(
     repo_id: str,
     *,
     results: str | Path | None = None,
+    examples: str | Path | None = None,
     dtype: str = "float32",
     votes_repo: str | None = None,
     title: str | None = None,
@@ -130,6 +136,8 @@ def space_files(
     files: dict[str, Path | bytes] = {path.relative_to(app).as_posix(): path for path in _files_in(app)}
     if results is not None:
         files[RESULTS] = Path(results).expanduser()
+    if examples is not None:
+        files[EXAMPLES] = _examples(examples)
     config = CompareConfig(
         base=compared.base.repo_id,
         base_revision=compared.base.commit,
@@ -153,6 +161,17 @@ def space_files(
     files |= {f"{PACKAGE.name}/{path.relative_to(PACKAGE).as_posix()}": path for path in package}
     refuse_tokens(files, token)
     return files
+
+
+def _examples(path: str | Path) -> Path:
+    found = Path(path).expanduser()
+    try:
+        whole = {"compare", "natural", "between"} <= set(json.loads(found.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"`examples: {path}` cannot be read as JSON: {error}. Nothing was sent.") from None
+    if not whole:
+        raise DataError(f"`examples: {path}` must hold `compare`, `natural` and `between`, as space_app/examples.json does.")
+    return found
 
 
 def plan_space(

@@ -115,7 +115,7 @@ def _access(compared: Compared, repo_id: str) -> str:
     if not compared.closed:
         return ""
     return (
-        f"\n**Not open to everybody: {', '.join(compared.closed)}.** The Space reads that with a token of its own: add a\n"
+        f"\n**Not open to everybody: {', '.join(compared.closed)}.** The Space needs a token of its own to read them: add a\n"
         f"secret `HF_TOKEN` with read access in [its settings]({page(repo_id, 'space')}/settings).\n"
     )
 

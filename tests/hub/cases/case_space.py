@@ -267,6 +267,18 @@ def test_a_plain_model_is_pinned_too_and_of_the_same_base(hub, name, there, base
         push_space(name, adapted=MODEL, plain=model)
 
 
+def test_examples_of_one_s_own_stand_in_the_place_of_ours(hub, name, there, tmp_path):
+    own = tmp_path / "mine.json"
+    own.write_text('{"compare": [], "natural": []}')
+    with pytest.raises(DataError, match="must hold `compare`, `natural` and `between`"):
+        push_space(name, adapted=MODEL, examples=own)
+    with pytest.raises(DataError, match="cannot be read as JSON"):
+        push_space(name, adapted=MODEL, examples=tmp_path / "nowhere.json")
+    own.write_text('{"compare": [], "natural": [], "between": {"old": "", "new": "", "prompt": ""}}')
+    push_space(name, adapted=MODEL, examples=own)
+    assert space(name, "examples.json") == own.read_text()
+
+
 def test_a_token_in_a_file_is_refused_and_not_repeated(hub, name, there, tmp_path, monkeypatch):
     shutil.copytree(app_folder(), tmp_path / "app")
     (tmp_path / "app" / "secrets.py").write_text(f"\nTOKEN = '{LOOKALIKE}'\n")
