@@ -119,7 +119,7 @@ class Answers:
         if not tried or tried.frame is None:
             return ""
         pair = self.service.pair(tried.key[2])
-        titles = (t("pane.base"), label_of(tried.strength))
+        titles = (t("pane.base"), t.figures(label_of(tried.strength)))
         prompt = "" if pair.chat else tried.prompt
         return render.panes(tried.frame, prompt, titles, tuple(map(render.name_of, pair.sides)), t)
 

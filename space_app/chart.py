@@ -33,7 +33,7 @@ class Line(NamedTuple):
 
 def chart(lines: Sequence[Line], x_title: str, y_title: str, summary: str, t: Texts) -> str:
     """An SVG. `summary` is read out instead of the picture, whose figures should also stand in a table or in words."""
-    lines = [line for line in lines if line.points]
+    lines = [Line(name, [p._replace(label=t.figures(p.label)) for p in points]) for name, points in lines if points]
     if not lines:
         return ""
     points = [point for line in lines for point in line.points]

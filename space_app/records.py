@@ -25,16 +25,14 @@ def headline(facts: Facts, t: Texts) -> str:
     if head.own == head.plain:  # the page's own model is the one without EWC
         models = [(name, row) for name, row in models if name != "own"]
     old, new = (domain(t, name) for name in (results.old, results.new))
-    cards = [_card(t("headline.kept", old=old), t("headline.kept.note", old=old), [(name, row.old) for name, row in models], t)]
+    cards = [_card(t("headline.kept", old=old), t("headline.kept.note"), [(name, row.old) for name, row in models], t)]
     for name in head.base.questions:
         accuracies = [(model, row.questions[name].value if name in row.questions else None) for model, row in models]
         named = domain(t, name)
         cards.append(
             _card(t("headline.questions", name=named), t("headline.questions.note"), accuracies, t, _percent, whole=1.0)
         )
-    cards.append(
-        _card(t("headline.learned", new=new), t("headline.learned.note", new=new), [(n, row.new) for n, row in models], t)
-    )
+    cards.append(_card(t("headline.learned", new=new), t("headline.learned.note"), [(n, row.new) for n, row in models], t))
     said = ""
     if head.forgetting_avoided is not None and head.learning_kept is not None:
         shares = dict(percent=_percent(head.forgetting_avoided, t), learned=_percent(head.learning_kept, t))
@@ -136,7 +134,7 @@ def _front(results: ResultFacts, t: Texts) -> str:
     if len(lines) > 2:  # a line of λ = 0 alone says nothing: the others begin with it
         lines = [line for line in lines if line.name == "base" or any(p.label != "λ = 0" for p in line.points)]
     figures = ((p, t.number(p.learning, signed=True), t.number(p.forgetting, signed=True)) for p in results.points)
-    summary = "; ".join(f"{p.mode} {p.label}: {learned}, {forgotten}" for p, learned, forgotten in figures)
+    summary = "; ".join(f"{p.mode} {t.figures(p.label)}: {learned}, {forgotten}" for p, learned, forgotten in figures)
     return chart(lines, t("facts.front.x", new=new), t("facts.front.y", old=old), f"{t('facts.front')}. {summary}", t)
 
 
@@ -200,7 +198,7 @@ def no_slider(problem: Any, facts: Facts, t: Texts) -> str:
         for mode in {p.mode: 0 for p in merged}
     ]
     return message(t("between.points")) + chart(
-        lines, t("facts.front.x", new=new), t("facts.front.y", old=old), t("between.label")
+        lines, t("facts.front.x", new=new), t("facts.front.y", old=old), t("between.label"), t
     )
 
 
@@ -248,7 +246,7 @@ def front(tried: Tried | None, t: Texts) -> str:
     last = tried.points[tried.strength]
     said = t(
         "between.figures",
-        place=label_of(tried.strength),
+        place=t.figures(label_of(tried.strength)),
         old=t.number(last.old),
         new=t.number(last.new),
         forgotten=t.number(last.forgotten, signed=True),

@@ -50,7 +50,7 @@ def name_of(side: Side) -> str:
 def link(label: str, url: str, title: str = "") -> str:
     if not url.startswith(("https://", "http://")):
         return shown(label)
-    return f'<a href="{escape(url)}" title="{escape(title)}" target="_blank" rel="noopener">{shown(label)}</a>'
+    return f'<a href="{attribute(url)}" title="{attribute(title)}" target="_blank" rel="noopener">{shown(label)}</a>'
 
 
 # Compare and blind: two panes
@@ -170,4 +170,5 @@ def reveal(found: Reveal, counts: dict[str, int], t: Texts) -> str:
     names = {name: t(f"blind.side.{name}") for name in ("base", "adapted")}
     said = t("blind.reveal", left=names[found.left], right=names[found.right])
     outcome = message(f"{t(f'blind.outcome.{found.outcome}')} {said}", "verdict strong")
-    return f'<div role="status">{outcome}<p class="note" id="tally">{t("blind.tally", **counts)}</p></div>'
+    counted = t("blind.tally", **{name: t.number(count, 0) for name, count in counts.items()})
+    return f'<div role="status">{outcome}<p class="note" id="tally">{counted}</p></div>'
