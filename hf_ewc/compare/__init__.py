@@ -20,7 +20,7 @@ from .pair import ModelPair, Side
 from .problems import CompareError, problem_code, public_message
 from .prompts import PromptCheck, check_prompt
 from .sampling import Sampling
-from .service import CompareService, Status
+from .service import CompareService
 from .surprisal import Scores, TokenScore, score
 from .votes import VoteStore
 
@@ -50,7 +50,6 @@ __all__ = [
     "Scores",
     "Side",
     "Slots",
-    "Status",
     "Tally",
     "TokenScore",
     "VoteStore",

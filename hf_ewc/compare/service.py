@@ -30,15 +30,6 @@ REQUEST_TOKENS = 64  # of new text that count as one request
 CROWD = 8  # visitors behind one address (a school, an office) who may use the page as one alone does
 
 
-@dataclass(frozen=True)
-class Status:
-    """Whether the models are there: `state` as of [`Loader`], the `step` it is at, and a `problem` fit for the page."""
-
-    state: str
-    step: str = ""
-    problem: str = ""
-
-
 @dataclass
 class _Loaded:
     """What the background thread loads: pairs by name, and between base and each of them, the models at other λ."""
@@ -53,8 +44,8 @@ class CompareService:
     What stands behind a page. Its models load in the background; until then, what needs them raises [`CompareError`]
     (`code="loading"`).
 
-    A `visitor` is any name for one session; one visitor's limits, stops and errors touch nobody else. An `address` (of the
-    network, where it is known) may send as much as eight visitors.
+    A `visitor` is any name for one session; one's limits, stops and errors touch nobody else. An `address` of the network may
+    send as much as eight visitors.
 
     Parameters:
         config ([`CompareConfig`]): What to compare.
@@ -97,8 +88,9 @@ class CompareService:
     # what is there
 
     @property
-    def status(self) -> Status:
-        return Status(self._loader.state, self._loader.step, self._loader.problem)
+    def status(self) -> Loader[Any]:
+        """Whether the models are there: its `state`, `step` and `problem`."""
+        return self._loader
 
     def wait(self, seconds: float = 600.0) -> None:
         """Until the models are loaded; [`CompareError`] if they cannot be, or are not in time."""
