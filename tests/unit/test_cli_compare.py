@@ -125,7 +125,7 @@ def test_without_models_it_takes_those_that_the_demo_made(tmp_path, monkeypatch)
     assert config.plain == str(tmp_path / "runs/sft-0")
     assert config.fisher == str(tmp_path / "fisher")
     assert config.results == str(tmp_path / "results.json")
-    assert set(json.loads(Path(config.examples).read_text())) == {"compare", "natural", "between"}
+    assert set(json.loads(Path(config.examples).read_text())) == {"note", "compare", "natural", "between"}
     own = CompareConfig(results="mine.json", examples=str(app_folder() / "examples.json"))
     compare._use_demo(own, tmp_path)
     assert (own.results, Path(own.examples).name) == ("mine.json", "examples.json")
