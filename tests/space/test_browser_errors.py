@@ -61,9 +61,7 @@ def test_a_prompt_that_cannot_be_read_is_told_why(page, browser):
 
 def test_one_side_fails_and_the_other_writes_on(page, browser):
     def fail(output):
-        raise RuntimeError(
-            "Traceback (most recent call last): /home/ona/secret/model hf_abcdefghijklmnopqrstuvwxyz"
-        )
+        raise RuntimeError("Traceback (most recent call last): /home/ona/secret/model hf_abcdefghijklmnopqrstuvwxyz")
 
     browser.open(page.url, language="lt")
     with slow(page, 0.01), hooked(page, after(5, fail), "adapted"):

@@ -151,3 +151,13 @@ def test_a_preload_line_names_what_the_page_reads_and_nothing_else():
     assert (repo, files.split(","), commit) == ("me/model", list(read), "a" * 40)
     assert preload_line(COMPARED.base) is None
     assert json.loads(json.dumps(card().data.to_dict()))["preload_from_hub"] == [preload_line(COMPARED.adapted)]
+
+
+def test_what_is_installed_holds_the_whole_page():
+    """In a checkout the page lies beside the package; an installation has what setup.cfg lists, file by file."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    listed = "\n".join(setup["options.data_files"].values()).split()
+    files = [path.relative_to(ROOT) for path in (ROOT / "space_app").rglob("*") if path.is_file()]
+    there = [path.as_posix() for path in files if not any(part.startswith(("__", "screenshots")) for part in path.parts)]
+    assert sorted(listed) == sorted(there)
