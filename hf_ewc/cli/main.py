@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import difflib
 import importlib
+import io
 import os
 import shlex
 import sys
@@ -159,6 +160,9 @@ def end_process(code: int) -> NoReturn:
 
 def command() -> NoReturn:
     """What the installed command `hf-ewc` calls."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without λ shows a question mark, and the run goes on
     end_process(main())
 
 

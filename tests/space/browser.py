@@ -68,10 +68,11 @@ def install(lock: Path) -> None:
     with FileLock(lock):
         problem = f"{' and '.join(missing())} is not here: apt-get install chromium chromium-driver"
         if missing() and os.geteuid() == 0 and shutil.which("apt-get"):
-            install = "apt-get install --yes --no-install-recommends chromium chromium-driver fonts-dejavu-core"
+            get = "apt-get --option Acquire::Retries=3 --option DPkg::Lock::Timeout=120"
+            install = f"{get} install --yes --no-install-recommends chromium chromium-driver fonts-dejavu-core"
             environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
             done = subprocess.run(
-                f"apt-get update && {install}", shell=True, env=environment, capture_output=True, text=True, timeout=900
+                f"{get} update && {install}", shell=True, env=environment, capture_output=True, text=True, timeout=900
             )
             problem += f"\n{done.stderr[-2000:]}"
     if missing():

@@ -1,6 +1,7 @@
 """`hf-ewc`: fast help, one message per mistake, exit codes."""
 
 import errno
+import os
 import subprocess
 import sys
 
@@ -31,6 +32,14 @@ def test_help_imports_no_heavy_library(argv):
     assert done.returncode == 0
     assert done.stderr.strip() == "[]"
     assert "hf-ewc" in done.stdout
+
+
+def test_a_terminal_that_cannot_show_every_character_is_no_error():
+    code = "import sys; from hf_ewc.cli.main import command; sys.argv = ['hf-ewc', 'compare', '--help']; command()"
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=plain, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"(? slider)" in done.stdout
 
 
 @pytest.mark.parametrize("name", NAMES)
