@@ -171,14 +171,20 @@ class Browser:
         element.click()
 
     def fill(self, selector: str, text: str) -> None:
-        """Text into a box as if it was pasted: keys of a driver cannot be any character."""
+        """
+        Text into a box as if it was pasted: keys of a driver cannot be any character. A box that has just come into sight may
+        be made again by Gradio with what it held before, and a busy page takes its time to take the text up: no hand is so
+        quick that this matters, so it is pasted until it stays.
+        """
         put = """
-        const [box, text] = arguments;
+        const [box, text, done] = arguments;
         box.focus();
         Object.getOwnPropertyDescriptor(Object.getPrototypeOf(box), "value").set.call(box, text);
-        box.dispatchEvent(new Event("input", {bubbles: true}));"""
-        self.js(put, self.one(selector), text)
-        time.sleep(0.1)  # Gradio takes it up a moment later, and no hand is quicker than that
+        const held = box.value;  // lines end differently in a box
+        box.dispatchEvent(new Event("input", {bubbles: true}));
+        const later = () => setTimeout(() => done(box.isConnected && box.value === held), 100);
+        requestAnimationFrame(() => requestAnimationFrame(later));"""
+        self.until(lambda: self.driver.execute_async_script(put, self.one(selector), text))
 
     def press(self, *keys: str) -> None:
         """Keys to what has the focus; the last while those before are held."""
