@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..artifact import BaseModel, tokenizer_sha256
+from ..devices import usable_device
 from ..errors import ConfigError, DataError
 from .problems import CompareError
 
@@ -116,7 +117,7 @@ class ModelPair:
                 [`public_message`].
         """
         tell = progress or (lambda step: None)
-        kind, place = _dtype(dtype), _device(device)
+        kind, place = _dtype(dtype), usable_device(device)
         tell("find_base")
         base_files = _resolve("base", base, base_revision)
         tell("find_adapted")
@@ -224,15 +225,3 @@ def _dtype(name: str) -> torch.dtype:
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ConfigError(f"`dtype: {name}` is no floating point type of torch. Use float32, bfloat16 or float16.")
     return kind
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = str(error).strip().split("\n")[0]
-        raise ConfigError(f"`device: {device}` cannot be used here ({why}). Use cpu, or leave it out.") from None
-    return place

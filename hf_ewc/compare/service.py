@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +17,11 @@ from .generation import Frame, stream
 from .limits import Limits, RateLimit, Slots
 from .loading import Loader
 from .pair import ModelPair
-from .problems import CompareError, problem_code, public_message
+from .problems import CompareError, problem_code
 from .prompts import text_problem
 from .sampling import Sampling
+from .sources import said
 from .surprisal import Scores, score
-
-logger = logging.getLogger(__name__)
 
 ADAPTED, PLAIN = "adapted", "plain"
 REQUEST_TOKENS = 64  # of new text that count as one request
@@ -164,9 +162,7 @@ class CompareService:
         self.pair()
         self._allowed(texts, self.limits.score_characters, "text")
         self._spend(visitor, address)
-        with self._stoppable(visitor) as stop, self.slots.take(stop) as mine:
-            if not mine:
-                raise CompareError("stopped", "stopped while waiting for a place.")
+        with self._placed(visitor):
             return [self._scores(model, merge_lambda, text) for text in texts]
 
     def move(
@@ -184,10 +180,9 @@ class CompareService:
         self._allowed(texts, self.limits.score_characters, "text")
         sampling = self._allowed([prompt], self.limits.prompt_characters, "prompt", sampling)
         self._spend(visitor, address, sampling)
-        with self._stoppable(visitor) as stop, self.slots.take(stop) as mine:
-            if mine:
-                yield [self._scores(model, merge_lambda, text) for text in texts]
-                yield from self._until(stop, model, merge_lambda, prompt, sampling)
+        with self._placed(visitor) as stop:
+            yield [self._scores(model, merge_lambda, text) for text in texts]
+            yield from self._until(stop, model, merge_lambda, prompt, sampling)
 
     def stop(self, visitor: str, until: float | None = None) -> None:
         """
@@ -255,8 +250,7 @@ class CompareService:
                 loaded.between = {name: Between(pair, fisher) for name, pair in loaded.pairs.items()}
                 loaded.no_between = loaded.between[ADAPTED].problem
         except Exception as error:  # the page can do without a slider
-            logger.exception("There is no λ slider.")
-            loaded.no_between = CompareError(problem_code(error), public_message(error))
+            loaded.no_between = CompareError(problem_code(error), said(error))
         return loaded
 
     def _until(
@@ -284,6 +278,14 @@ class CompareService:
 
     def _scores_of(self, model: str, merge_lambda: float, text: str) -> Scores:
         return score(self.pair(model, merge_lambda), text, self.limits)
+
+    @contextmanager
+    def _placed(self, visitor: str) -> Iterator[threading.Event]:
+        """A place, and the event that stops; [`CompareError`] for who stopped while waiting, as there is nothing to show."""
+        with self._stoppable(visitor) as stop, self.slots.take(stop) as mine:
+            if not mine:
+                raise CompareError("stopped", "stopped while waiting for a place.")
+            yield stop
 
     @contextmanager
     def _stoppable(self, visitor: str, started: float | None = None) -> Iterator[threading.Event]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .checks import DTYPES, raise_problems
+from .checks import DTYPES, is_repo_id, raise_problems
 from .compare import SPACE_FILE, CompareConfig, app_folder
 from .evaluation import EvaluationConfig
 from .fisher import FisherConfig
@@ -24,6 +24,7 @@ __all__ = [
     "EvaluationConfig",
     "FisherConfig",
     "app_folder",
+    "is_repo_id",
     "penalty_problems",
     "raise_problems",
     "training_problems",

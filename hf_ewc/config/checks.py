@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
 from ..errors import ConfigError
 
 DTYPES = ("float32", "bfloat16")
@@ -25,3 +27,12 @@ def at_least(name: str, value: float | None, least: float) -> list[str]:
     if value is None or value >= least:
         return []
     return [f"`{name}` must be at least {least}, got {value}."]
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether `name` has the form of an id on the Hub with its owner, `user/name`. Says nothing about whether it exists."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name

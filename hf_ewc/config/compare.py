@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..errors import ConfigError
-from .checks import DTYPES
+from .checks import DTYPES, is_repo_id
 
 SPACE_FILE = "space.yaml"
 VARIABLE = "HF_EWC_"
@@ -70,7 +69,7 @@ class CompareConfig:
             found.append(f"`dtype: {self.dtype}` is not one of {', '.join(DTYPES)}.")
         if isinstance(self.slots, bool) or not isinstance(self.slots, int) or self.slots < 1:
             found.append(f"`slots: {self.slots}` must be a whole number from 1.")
-        if self.votes_repo and not _is_repo_id(self.votes_repo):
+        if self.votes_repo and not is_repo_id(self.votes_repo):
             found.append(f"`votes_repo: {self.votes_repo}` is no dataset repository on the Hub (`user/name`).")
         for item in fields(self):
             if item.name != "slots" and not isinstance(value := getattr(self, item.name), str | None):
@@ -125,11 +124,3 @@ def app_folder() -> Path:
             return place
     searched = " nor ".join(f"'{place}'" for place in places)
     raise ConfigError(f"the page's files are neither in {searched}. Install hf_ewc again, or run this in a checkout of it.")
-
-
-def _is_repo_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name

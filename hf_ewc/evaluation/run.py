@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ..artifact import BaseModel
 from ..config import EvaluationConfig
 from ..data import check_text, load_rows, resolve_dataset_revision
+from ..devices import usable_device
 from ..errors import ConfigError, DataError, HubError
 from ..hub import pin
 from .perplexity import choose_window, score_texts
@@ -71,7 +72,9 @@ def evaluate_model(
     tokenizer = tokenizer or _load(AutoTokenizer, name, commit)
     if isinstance(model, (str, Path)):
         source = str(found.folder) if found else name  # the very files that were hashed
-        loaded = _load(AutoModelForCausalLM, source, commit, dtype=getattr(torch, config.dtype)).to(_device(config))
+        loaded = _load(AutoModelForCausalLM, source, commit, dtype=getattr(torch, config.dtype)).to(
+            usable_device(config.device)
+        )
     else:
         loaded = model
     window = choose_window(loaded, config.window)
@@ -155,9 +158,3 @@ def _load(loader: Any, source: str, revision: str | None, **kwargs: Any) -> Any:
         return loader.from_pretrained(source, revision=revision or "main", **kwargs)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot load '{source}': {error}") from error
-
-
-def _device(config: EvaluationConfig) -> torch.device:
-    if config.device is not None:
-        return torch.device(config.device)
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..artifact import AnchorTensors, BaseModel
 from ..config import FisherConfig
+from ..devices import usable_device
 from ..errors import ConfigError, DataError
 from .replicas import Replicas
 from .sharded import shard
@@ -42,7 +43,7 @@ def model_and_base(
         if config.sharding == "fsdp2":
             shard(model)
         else:
-            model.to(device=_device(config.device) if config.device else processes.device)  # type: ignore[call-arg]
+            model.to(device=usable_device(config.device) if config.device else processes.device)  # type: ignore[call-arg]
     parameters = dict(model.named_parameters())
     if packed := [name for name, parameter in parameters.items() if not parameter.is_floating_point()]:
         raise DataError(
@@ -65,15 +66,3 @@ def _differing(parameters: Mapping[str, Tensor], base: BaseModel) -> str | None:
         if there.shape != parameter.shape or not torch.equal(there.to(parameter), parameter.detach()):
             return name
     return None
-
-
-def _device(name: str) -> torch.device:
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        accelerator = torch.accelerator.current_accelerator()
-        raise ConfigError(
-            f"`device: {name}` cannot be used: {str(error).splitlines()[0]} Here there is cpu"
-            f"{f' and {accelerator.type}' if accelerator else ''}."
-        ) from None
-    return torch.device(name)

@@ -5,9 +5,10 @@ Everything goes through `huggingface_hub`: `HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME` 
 
 from __future__ import annotations
 
+from ..config import is_repo_id
 from .patience import patiently
 from .plan import PushPlan, check_tag, count, plan_push
-from .problems import is_repo_id, plain_errors, scrubbed
+from .problems import plain_errors, scrubbed
 from .pull import Licence, account, client, fetch, fetch_file, licence_of, page, pin
 from .push import Pushed, push_files, set_visibility
 from .ranges import RemoteFile, remote_files

@@ -23,7 +23,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     RevisionResolutionError,
 )
-from huggingface_hub.utils import validate_repo_id
 
 from ..errors import EWCError, HubError, HubUnavailableError
 from ..files import is_disk_full
@@ -35,15 +34,6 @@ _ANSWERS = (HfHubHTTPError, httpx2.TransportError)
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 _LOGIN = "Log in with `hf auth login`, or set HF_TOKEN"
-
-
-def is_repo_id(name: str) -> bool:
-    """Whether `name` has the form of an id on the Hub with its owner, `user/name`. Says nothing about whether it exists."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name
 
 
 def keep_secret(token: str | bool | None) -> None:

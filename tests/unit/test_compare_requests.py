@@ -137,3 +137,15 @@ def test_a_tally_may_begin_to_store_later():
     tally.vote(BlindRound(), "both_bad")
     assert tally.stores
     assert [vote["vote"] for vote in stored] == ["both_bad"]
+
+
+def test_a_move_that_is_stopped_while_it_waits_is_told_so(config):  # noqa: F811
+    service = single(config)
+    frames = service.write("other", PROMPT, Sampling(64))
+    next(frames)  # holds the only place
+    threading.Timer(0.2, lambda: service.stop("me")).start()
+    with pytest.raises(CompareError) as caught:
+        next(service.move("me", [PROMPT], PROMPT))
+    assert caught.value.code == "stopped"
+    frames.close()
+    assert at_rest(service)

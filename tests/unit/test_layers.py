@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "hf_ewc"
 FLOORS = {
-    **dict.fromkeys(("errors", "config", "data", "files"), 0),
+    **dict.fromkeys(("errors", "config", "data", "devices", "files"), 0),
     "hub": 1,
     "artifact": 2,
     **dict.fromkeys(("fisher", "penalty"), 3),
